@@ -1,0 +1,83 @@
+# The one place that says how the project is built, tested and checked. `make help` lists it.
+SHELL := bash
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+LOCK ?= requirements/dev.txt
+PYTHON ?= $(shell python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo python3 || .ci/pythons | tail -n 1 | cut -d ' ' -f 2)
+ARGS ?=
+CONTRACT ?= ../shared/typing/check.py
+CONTRACT_GROUPS ?= core
+
+bin := $(VENV)/bin
+sources := $(shell find src typings -not -name '*.pyc' 2>/dev/null)
+typed := $(wildcard typing_tests tests examples benchmarks)
+
+.PHONY: help
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: venv
+venv: $(VENV)/.installed ## make .venv: the locked dependencies and the package's wheel (PYTHON=python3.13 to choose)
+
+$(VENV)/.locked: $(LOCK)
+	@"$(or $(PYTHON),python3)" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "No Python >= 3.11 that can make a virtual environment was found ($(or $(PYTHON),python3))."; \
+		echo "Install one (on Debian and Ubuntu: apt-get install python3-venv), or name it: make venv PYTHON=/path/to/python3"; \
+		exit 1; } >&2
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(bin)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml README.md LICENSE $(sources)
+	rm -rf $(VENV)/wheel
+	$(bin)/python -m build --wheel --no-isolation --outdir $(VENV)/wheel > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	$(bin)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --force-reinstall $(VENV)/wheel/*.whl
+	@touch $@
+
+.PHONY: test
+test: venv ## run the tests against the installed wheel (ARGS="-k name" for some)
+	$(bin)/pytest $(ARGS)
+
+.PHONY: demo
+demo: venv ## run the quickstart
+	$(bin)/python examples/quickstart.py
+
+.PHONY: check
+check: lint types test ## everything: lint, types, test
+
+.PHONY: lint
+lint: venv ## ruff: rules and format
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+
+# Two runs of mypy: `src` reads the bodies, everything else reads the stubs.
+.PHONY: types
+types: venv ## mypy and pyright, both strict, and the stubs against the installed package
+	$(bin)/mypy src
+	$(bin)/mypy typings $(typed)
+	$(bin)/pyright --pythonpath $(bin)/python
+	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml --allowlist stubtest-allowlist.txt
+
+.PHONY: typing-contract
+typing-contract: venv ## programs beside the repository that must type-check, and mistakes that must not
+	@if [ -f $(CONTRACT) ]; then $(bin)/python $(CONTRACT) $(CONTRACT_GROUPS); else echo "no typing contract at $(CONTRACT)"; fi
+
+.PHONY: test-matrix
+test-matrix: venv ## the tests on the oldest and newest Python, SQLAlchemy 2.0, the lowest dependencies
+	.ci/matrix
+
+compile := $(bin)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url --all-extras pyproject.toml
+UPGRADE ?=
+
+.PHONY: lock
+lock: $(VENV)/.locked ## pin requirements/*.txt again after a change of dependencies (UPGRADE=--upgrade for newer ones)
+	$(compile) requirements/dev.in $(UPGRADE) -o requirements/dev.txt
+	{ echo "# The lower bounds of pyproject.toml, exactly; everything else as in dev.txt. Made by make lock."; \
+		$(bin)/uv pip compile --quiet --python-version 3.11 --resolution lowest-direct --no-deps --no-header \
+		--no-annotate --no-emit-index-url --all-extras pyproject.toml; } > requirements/lowest.in
+	for name in lowest sqlalchemy-2.0; do \
+		cp requirements/dev.txt requirements/$$name.txt; \
+		$(compile) requirements/dev.in requirements/$$name.in -o requirements/$$name.txt; done

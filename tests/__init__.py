@@ -1,0 +1,1 @@
+"""The tests run against the installed wheel, on real databases and real servers."""

