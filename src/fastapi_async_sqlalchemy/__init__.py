@@ -1,8 +1,8 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
-from ._options import EngineArgs, SessionArgs
+from ._options import CommitWhen, EngineArgs, SessionArgs
 from ._proxy import SessionProxy
-from ._unit import UnitOfWork
+from ._unit import Hook, UnitOfWork
 from .exceptions import (
     ConcurrentUseError,
     ConfigurationError,
@@ -17,11 +17,13 @@ from .exceptions import (
 from .middleware import SQLAlchemyMiddleware, create_middleware_and_session_proxy, db
 
 __all__ = [
+    "CommitWhen",
     "ConcurrentUseError",
     "ConfigurationError",
     "EngineAlreadyBoundError",
     "EngineArgs",
     "FastAPIAsyncSQLAlchemyError",
+    "Hook",
     "MissingSessionError",
     "PartialCommitError",
     "SQLAlchemyMiddleware",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 from attrs import define
 
 from ._database import Database, S_co
-from ._unit import UnitOfWork, abandon, finish
+from ._unit import UnitOfWork
 from .exceptions import MissingSessionError, SessionNotInitialisedError, UnitClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
     from types import TracebackType
 
 
@@ -33,12 +33,11 @@ class NoUnit:
         raise SessionNotInitialisedError(self.database.name)
 
 
-Current: TypeAlias = "ContextVar[UnitOfWork[S_co] | NoUnit]"
-
-
 def current_unit(database: Database[S_co]) -> ContextVar[UnitOfWork[S_co] | NoUnit]:
     """Make the variable of one database."""
-    outside = NoUnit(database, "here", "open `async with db():` around the work, or call from within a request")
+    outside = NoUnit(
+        database, "here", "open `async with db():` around the work, or call from within a request"
+    )
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)
 
 
@@ -49,35 +48,35 @@ class UnitScope(Generic[S_co]):
     Serves one use: entered a second time it raises ``UnitClosedError``.
     """
 
-    _database: Database[S_co]
-    _current: ContextVar[UnitOfWork[S_co] | NoUnit]
-    _commit_on_exit: bool
-    _session_args: Mapping[str, Any] | None
-    _unit: UnitOfWork[S_co] | None = None
-    _outer: UnitOfWork[S_co] | NoUnit | None = None
+    database: Database[S_co]
+    current: ContextVar[UnitOfWork[S_co] | NoUnit]
+    commit_on_exit: bool
+    make: Callable[[], S_co] | None
+    unit: UnitOfWork[S_co] | None = None
+    outer: UnitOfWork[S_co] | NoUnit | None = None
 
     async def __aenter__(self) -> UnitOfWork[S_co]:
-        if self._unit is not None:
-            raise UnitClosedError(self._database.name)
-        if not self._database.connected:
-            raise SessionNotInitialisedError(self._database.name)
-        self._unit = unit = UnitOfWork(self._database, self._session_args)
-        self._outer = self._current.get()
-        self._current.set(unit)
+        if self.unit is not None:
+            raise UnitClosedError(self.database.name)
+        if not self.database.connected:
+            raise SessionNotInitialisedError(self.database.name)
+        self.unit = unit = UnitOfWork(self.database, self.make)
+        self.outer = self.current.get()
+        self.current.set(unit)
         return unit
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unit, outer = self._unit, self._outer
+        unit, outer = self.unit, self.outer
         if unit is None or outer is None:
-            raise UnitClosedError(self._database.name)
+            raise UnitClosedError(self.database.name)
         try:
-            if error is None:
-                await finish(unit, commit=self._commit_on_exit or None)
-            else:
-                await abandon(unit)
+            if error is not None:
+                await unit.abandon()
+            elif not unit.finish_idle():
+                await unit.finish(commit=self.commit_on_exit or None)
         finally:
             # a generator may be closed in another context than it was entered in: nothing is bound there
-            if self._current.get() is unit:
-                self._current.set(outer)
+            if self.current.get() is unit:
+                self.current.set(outer)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 from attrs import Factory, define
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
 from typing_extensions import TypeVar
 
-from . import _options
-from ._observer import ObservedSession, SessionObserver, Watch
+from ._observer import Watch
+from ._options import session_arguments
 from .exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -25,23 +26,28 @@ S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 class Database(Generic[S_co]):
     """One database of a pair: unbound at first, then bound to one engine at a time.
 
-    An engine that was made here (``owned``) is disposed when its use ends; a caller's never.
+    Who binds an engine ends its use: an engine that was made here is disposed then, a caller's never.
     """
 
-    _declared: type[AsyncSession] | None
+    _declared: type[S_co] | None
     _engine: AsyncEngine | None = None
-    _owned: bool = False
     _live: bool = False
-    _session_args: dict[str, Any] = {}  # noqa: RUF012  # replaced by bind(), never changed in place
-    _make: Callable[[], AsyncSession] | None = None
-    _watch: Watch = Factory(Watch)
-    name: str = ""
-
-    def __attrs_post_init__(self) -> None:
-        self.name = self._label()
+    _session_args: dict[str, Any] = Factory(dict[str, Any])
+    _make: Callable[[], S_co] | None = None
+    _watch: Watch = Factory(lambda self: Watch(self._label()), takes_self=True)
 
     def __repr__(self) -> str:
-        return f"<Database {self.name}{'' if self._engine is not None else ', no engine'}>"
+        return f"<Database {self.name}{'' if self.connected else ', no engine'}>"
+
+    @property
+    def name(self) -> str:
+        """The database, as messages name it: never with its user, password or query."""
+        return self._watch.name
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is an engine."""
+        return self._engine is not None
 
     @property
     def engine(self) -> AsyncEngine:
@@ -50,78 +56,69 @@ class Database(Generic[S_co]):
             raise SessionNotInitialisedError(self.name)
         return self._engine
 
-    @property
-    def connected(self) -> bool:
-        """Whether there is an engine."""
-        return self._engine is not None
-
-    def bind(self, engine: AsyncEngine, session_args: object = None, *, owned: bool = False) -> None:
+    def bind(self, engine: AsyncEngine, session_args: object = None) -> None:
         """Take an engine into use, with the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
         arguments that make no session.
         """
-        if not isinstance(engine, AsyncEngine):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers without a type checker
-            message = f"the engine must be an AsyncEngine of create_async_engine(), not {type(engine).__name__}."
-            raise ConfigurationError(message)
         if self._live and engine is not self._engine:
             raise EngineAlreadyBoundError(self.name)
-        arguments = _options.session_arguments(session_args)
-        make = self._maker(engine, arguments)
-        self._engine, self._owned, self._live = engine, owned, True
-        self._session_args, self._make = arguments, make
-        self.name = self._label()
-        self._watch.engine(engine.sync_engine)
+        arguments = session_arguments(session_args)
+        self._make = self._maker(engine, arguments)
+        self._engine, self._live, self._session_args = engine, True, arguments
+        self._watch.name = self._label()
+        self._watch.listen(engine.sync_engine)
 
-    def resume(self) -> None:
-        """Take the engine into use again, for the next lifespan of the same application."""
-        self._live = True
-
-    async def release(self) -> None:
-        """End the engine's use: dispose it if it was made here; another one may be bound then."""
-        self._live = False
-        if self._owned and self._engine is not None:
-            await self._engine.dispose()
+    async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
+        """End an engine's use: dispose it if it was made here; another one may be bound then."""
+        if engine is self._engine:
+            self._live = False
+        if owned:
+            await engine.dispose()
 
     def unbind(self) -> None:
         """Forget the engine."""
-        self._engine, self._owned, self._live, self._make = None, False, False, None
-        self.name = self._label()
+        self._engine, self._live, self._make = None, False, None
+        self._watch.name = self._label()
 
-    def new_session(self, session_args: Mapping[str, Any] | None = None) -> S_co:
+    def new_session(self) -> S_co:
         """Make a session; nothing is sent to the database."""
-        make = self._make
-        if make is None:
+        if self._make is None:
             raise SessionNotInitialisedError(self.name)
-        if session_args is not None:
-            make = self._maker(self.engine, self._session_args | _options.session_arguments(session_args))
-        session = make()
-        cast("ObservedSession", session.sync_session).observer = SessionObserver(self.name)
-        return cast("S_co", session)
+        return self._make()
 
-    def _maker(self, engine: AsyncEngine, arguments: Mapping[str, Any]) -> Callable[[], AsyncSession]:
+    def maker(self, session_args: object) -> Callable[[], S_co]:
+        """Return what makes sessions with arguments added to the database's own."""
+        return self._maker(self.engine, self._session_args | session_arguments(session_args))
+
+    def check(self, engine: AsyncEngine, session_args: object) -> None:
+        """Raise ``ConfigurationError`` for what ``bind()`` would refuse."""
+        self._maker(engine, session_arguments(session_args))
+
+    def _maker(self, engine: AsyncEngine, arguments: dict[str, Any]) -> Callable[[], S_co]:
         """Return what makes a session, tried once so that a wrong argument shows now."""
-        keywords = {"expire_on_commit": False, **arguments, "close_resets_only": False}
+        keywords: dict[str, Any] = {"expire_on_commit": False, **arguments, "close_resets_only": False}
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
-        sync_class: type[Session] = keywords.get("sync_session_class") or class_.sync_session_class
-        keywords["sync_session_class"] = self._watch.session_class(sync_class)
-        for bind in (keywords.get("binds") or {}).values():
-            other = bind.engine if isinstance(bind, AsyncConnection) else bind
-            self._watch.engine(other.sync_engine)
+        keywords["sync_session_class"] = self._watch.session_class(
+            keywords.get("sync_session_class") or class_.sync_session_class
+        )
+        binds: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
+        for bind in binds.values():
+            self._watch.listen((bind.engine if isinstance(bind, AsyncConnection) else bind).sync_engine)
         make = functools.partial(class_, engine, **keywords)
         try:
             make()
-        except (TypeError, AttributeError, SQLAlchemyError) as error:
-            message = f"session_args do not fit {class_.__name__}: {error}"
+        except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
+            message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
             raise ConfigurationError(message) from error
-        return make
+        return cast("Callable[[], S_co]", make)
 
     def _label(self) -> str:
-        """Name the database in messages: never its user, password or query."""
         kind = self._declared.__name__ if self._declared is not None else "the default database"
         if self._engine is None:
             return kind
-        url: URL = self._engine.url
+        url = self._engine.url
         place = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
         return f"{kind} ({place})"
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast
 
+from attrs import frozen
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.exc import ArgumentError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.orm import Mapper, Query, Session
+    from sqlalchemy.orm import Mapper, Query
     from sqlalchemy.pool import ConnectionPoolEntry, Pool
     from sqlalchemy.sql.schema import Table
 
@@ -24,7 +27,7 @@ CommitWhen: TypeAlias = Callable[[int, BaseException | None], bool]
 
 
 class EngineArgs(TypedDict, total=False):
-    """Keyword arguments of SQLAlchemy's ``create_async_engine()``, as SQLAlchemy 2.0 and 2.1 document them."""
+    """Keyword arguments of ``create_async_engine()``, as SQLAlchemy 2.0 and 2.1 document them."""
 
     async_creator: Callable[[], Awaitable[object]]
     connect_args: Mapping[str, Any]
@@ -85,75 +88,120 @@ class SessionArgs(TypedDict, total=False):
     twophase: bool
 
 
-def create_engine(url: object, engine_args: Mapping[str, Any] | None) -> AsyncEngine:
+@frozen(kw_only=True)
+class CommitPolicy:
+    """What a response decides about its transaction: True commits, False rolls back, None does neither."""
+
+    commit_on_exit: bool
+    commit_when: CommitWhen | None
+
+    def response(self, status: int, exception: BaseException | None) -> bool | None:
+        """Decide when the response starts."""
+        if self.commit_when is not None:
+            return bool(self.commit_when(status, exception))
+        if status >= _ERROR_STATUS or exception is not None:
+            return False
+        return self.commit_on_exit or None
+
+    def tail(self, *, decision: bool | None, held: bool, complete: bool) -> bool | None:  # three values
+        """Decide when the application has returned; ``decision`` is what the response's start decided.
+
+        A response that is not complete is no success: the client has left, or the application gave up.
+        """
+        wanted = decision if held or self.commit_when is not None else self.commit_on_exit or None
+        return wanted if complete or not wanted else False
+
+
+_ERROR_STATUS = 400
+_DRIVERS = "use an asyncio driver, for example postgresql+asyncpg, sqlite+aiosqlite or mysql+aiomysql"
+
+
+def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None) -> AsyncEngine:
     """Make an engine, and turn every mistake in its arguments into a ``ConfigurationError``."""
-    parsed = _parse(url)
+    parsed = _parse(name, url)
+    driver = parsed.drivername
     arguments = dict(mapping("engine_args", engine_args))
     try:
+        parsed.get_dialect()
+    except ArgumentError as error:
+        message = f"{name}: SQLAlchemy knows no {driver!r}: {_DRIVERS}."
+        raise ConfigurationError(message) from error
+    try:
         return create_async_engine(parsed, **arguments)
+    except InvalidRequestError as error:
+        message = f"{name}: {driver!r} is not asynchronous: {_DRIVERS}."
+        raise ConfigurationError(message) from error
     except ModuleNotFoundError as error:
+        remedy = "install it, for example with one of this package's extras [postgresql], [sqlite], [mysql]"
+        message = f"{name}: no driver of {driver!r} is installed: {remedy if '+' in driver else _DRIVERS}."
+        raise ConfigurationError(message) from error
+    except Exception as error:
+        if any(value in str(error) for value in (str(parsed), parsed.database, *parsed.query) if value):
+            # a text that quotes the URL may show a password: it is not chained
+            message = f"{name}: {driver!r} refuses this URL: check its host, database and query."
+            raise ConfigurationError(message) from None
         message = (
-            f"db_url: the driver of {parsed.drivername!r} is not installed ({error}): "
-            "install it, for example with one of this package's extras [postgresql], [sqlite], [mysql]."
+            f"engine_args do not fit an engine for {driver!r}: {error!r}: correct the argument it names."
         )
         raise ConfigurationError(message) from error
-    except (ArgumentError, TypeError, ValueError) as error:
-        message = f"engine_args do not fit an engine for {parsed.drivername!r}: {error}"
-        raise ConfigurationError(message) from error
-    except Exception as error:  # the dialect refuses: a synchronous driver, for one
-        message = (
-            f"db_url: no asynchronous engine can be made for {parsed.drivername!r} ({error}): use an asyncio "
-            "driver, for example postgresql+asyncpg, sqlite+aiosqlite or mysql+aiomysql."
-        )
-        raise ConfigurationError(message) from error
 
 
-def engine(name: str, value: object, engine_args: Mapping[str, Any] | None) -> tuple[AsyncEngine, bool]:
-    """Return the engine that a URL or an engine stands for, and whether it was made here."""
-    if isinstance(value, AsyncEngine):
-        if engine_args is not None:
-            message = f"engine_args go with a URL: {name} is an engine, which has its own already."
-            raise ConfigurationError(message)
-        return value, False
-    return create_engine(value, engine_args), True
+def async_engine(name: str, value: object) -> AsyncEngine:
+    """Return a caller's engine, checked."""
+    if not isinstance(value, AsyncEngine):
+        message = f"{name} must be an AsyncEngine of create_async_engine(), not {type(value).__name__}."
+        raise ConfigurationError(message)
+    return value
 
 
-def _parse(url: object) -> URL:
+def _parse(name: str, url: object) -> URL:
     if isinstance(url, URL):
         return url
     if not isinstance(url, str):
-        message = f"db_url must be a string or a sqlalchemy URL, not {type(url).__name__}."
+        message = f"{name} must be a string or a sqlalchemy URL, not {type(url).__name__}."
         raise ConfigurationError(message)
     try:
         return make_url(url)
     except (ArgumentError, ValueError):
         # SQLAlchemy's text may quote the whole URL, its password included: it is not chained
-        message = "db_url cannot be parsed: write it as dialect+driver://user:password@host:port/database."
+        message = f"{name} cannot be parsed: write it as dialect+driver://user:password@host:port/database."
         raise ConfigurationError(message) from None
 
 
 def mapping(name: str, value: object) -> Mapping[str, Any]:
-    """Return an optional mapping with string keys, checked."""
+    """Return an optional mapping, checked."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         message = f"{name} must be a mapping of keyword arguments, not {type(value).__name__}."
         raise ConfigurationError(message)
-    return value
+    return cast("Mapping[str, Any]", value)
 
 
 def session_arguments(value: object) -> dict[str, Any]:
-    """Return session arguments, checked as far as it can be done before a session exists."""
+    """Return session arguments, checked for what SQLAlchemy itself would not tell well."""
     arguments = dict(mapping("session_args", value))
     if "bind" in arguments:
-        message = "session_args must not hold 'bind': give the engine as custom_engine=, or the URL as db_url=."
+        message = (
+            "session_args must not hold 'bind': give the engine as custom_engine=, or the URL as db_url=."
+        )
         raise ConfigurationError(message)
     if arguments.get("class_") is not None:
-        session_class("session_args['class_']", arguments["class_"])
+        session_class_of("session_args['class_']", arguments["class_"])
+    sync_class = arguments.get("sync_session_class", Session)
+    if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
+        message = f"session_args['sync_session_class'] must be a Session class, not {sync_class!r}."
+        raise ConfigurationError(message)
+    binds = mapping("session_args['binds']", arguments.get("binds"))
+    if not all(isinstance(bind, AsyncEngine | AsyncConnection) for bind in binds.values()):
+        message = (
+            "session_args['binds'] must map classes or tables to an AsyncEngine or AsyncConnection each."
+        )
+        raise ConfigurationError(message)
     return arguments
 
 
-def session_class(name: str, value: object) -> None:
+def session_class_of(name: str, value: object) -> None:
     """Refuse what is not an ``AsyncSession`` class."""
     if not (isinstance(value, type) and issubclass(value, AsyncSession)):
         message = f"{name} must be a subclass of sqlalchemy.ext.asyncio.AsyncSession, not {value!r}."
@@ -175,9 +223,19 @@ def paths(name: str, value: object) -> frozenset[str]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         message = f"{name} must be an iterable of paths such as ['/health'], not {value!r}."
         raise ConfigurationError(message)
-    found = frozenset(value)
-    for path in found:
+    found: list[str] = []
+    for path in cast("Iterable[object]", value):
         if not (isinstance(path, str) and path.startswith("/")):
             message = f"{name} must hold paths that begin with '/', not {path!r}."
             raise ConfigurationError(message)
-    return found
+        found.append(path)
+    return frozenset(found)
+
+
+def commit_policy(commit_on_exit: object, commit_when: CommitWhen | None) -> CommitPolicy:
+    """Return a policy, checked: a rule that is a coroutine function would always be true."""
+    rule: object = commit_when
+    if rule is not None and (not callable(rule) or inspect.iscoroutinefunction(rule)):
+        message = f"commit_when must be a plain function of a status and an exception, not {commit_when!r}."
+        raise ConfigurationError(message)
+    return CommitPolicy(commit_on_exit=boolean("commit_on_exit", commit_on_exit), commit_when=commit_when)

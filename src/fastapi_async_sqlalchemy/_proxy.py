@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Generic
 
 from attrs import define
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import _options
 from ._context import NoUnit, UnitScope, current_unit
 from ._database import Database, S_co
-from ._unit import UnitOfWork
+from ._options import async_engine, boolean, create_engine
+from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+    from contextvars import ContextVar
     from types import TracebackType
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+    from ._options import EngineArgs, SessionArgs
+    from ._unit import UnitOfWork
 
 
 @define(eq=False, repr=False)
@@ -58,42 +62,52 @@ class SessionProxy(Generic[S_co]):
         return self._database.engine
 
     def __call__(
-        self, session_args: Mapping[str, Any] | None = None, commit_on_exit: bool = False  # noqa: FBT001, FBT002  # the names and the order that users of 0.8 know
-    ) -> UnitScope[S_co]:
+        self,
+        session_args: SessionArgs | None = None,
+        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the names and the order that users of 0.8 know
+    ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
         """Return a new unit of work for ``async with db() as unit:``, with a session of its own.
 
         Leaving the block commits under ``commit_on_exit=True``, else rolls back what was not
         committed, with a WARNING if something was written; an error that leaves the block rolls back.
         ``session_args`` are added to the database's own.
+
+        Raises ``SessionNotInitialisedError`` before there is an engine, ``ConfigurationError`` for a wrong
+        argument.
         """
         if commit_on_exit is not False:
-            _options.boolean("commit_on_exit", commit_on_exit)
-        if session_args is not None:
-            _options.session_arguments(session_args)
-        return UnitScope(self._database, self._current, commit_on_exit, session_args)
+            boolean("commit_on_exit", commit_on_exit)
+        make = None if session_args is None else self._database.maker(session_args)
+        return UnitScope(self._database, self._current, commit_on_exit, make)
 
     def connect(
         self,
         url: str | URL | AsyncEngine,
         *,
-        engine_args: Mapping[str, Any] | None = None,
-        session_args: Mapping[str, Any] | None = None,
-    ) -> Connected[S_co]:
+        engine_args: EngineArgs | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the block's end; a given engine is only let go.
         Raises ``ConfigurationError`` at once, ``EngineAlreadyBoundError`` on entry.
         """
-        engine, owned = _options.engine("url", url, engine_args)
-        _options.session_arguments(session_args)
-        return Connected(self, self._database, engine, session_args, owned)
+        if isinstance(url, AsyncEngine):
+            if engine_args is not None:
+                message = "engine_args go with a URL: an engine has its own already."
+                raise ConfigurationError(message)
+            engine = url
+        else:
+            engine = create_engine("url", url, engine_args)
+        self._database.check(engine, session_args)
+        return Connected(self, self._database, engine, session_args, owned=engine is not url)
 
-    def bind(self, engine: AsyncEngine, *, session_args: Mapping[str, Any] | None = None) -> None:
+    def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine, until ``unbind()``; it is never disposed here.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use.
         """
-        self._database.bind(engine, session_args)
+        self._database.bind(async_engine("engine", engine), session_args)
 
     def unbind(self) -> None:
         """Let go of an engine that ``bind()`` took; another one may be bound then."""
@@ -107,23 +121,23 @@ class SessionProxy(Generic[S_co]):
 class Connected(Generic[S_co]):
     """What ``db.connect(...)`` returns: an async context manager around the engine's use."""
 
-    _proxy: SessionProxy[S_co]
-    _database: Database[S_co]
-    _engine: AsyncEngine
-    _session_args: Mapping[str, Any] | None
-    _owned: bool
+    proxy: SessionProxy[S_co]
+    database: Database[S_co]
+    engine: AsyncEngine
+    session_args: SessionArgs | None
+    owned: bool
 
     async def __aenter__(self) -> SessionProxy[S_co]:
-        self._database.bind(self._engine, self._session_args, owned=self._owned)
-        return self._proxy
+        self.database.bind(self.engine, self.session_args)
+        return self.proxy
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self._database.release()
+            await self.database.release(self.engine, owned=self.owned)
         finally:
-            self._database.unbind()
+            self.database.unbind()
 
 
 def new_database(

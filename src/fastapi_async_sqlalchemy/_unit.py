@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 from attrs import define
@@ -13,12 +13,15 @@ from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.util import await_only
 
 from ._database import Database, S_co
-from ._observer import ObservedSession, held_by_owner, pending
 from .exceptions import UnitClosedError
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
     from sqlalchemy.orm import Session, SessionTransaction
+
+    from ._observer import ObservedSession
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -27,55 +30,225 @@ Hook: TypeAlias = Callable[[], Awaitable[object] | object]
 
 
 @define(eq=False)
-class _Registered:
+class RegisteredHook:
     """A hook, the outcome it waits for, and the savepoint whose fate it shares."""
 
-    hook: Hook
+    run: Hook
     on_commit: bool
     savepoint: SessionTransaction | None
-    due: bool = False
+    undone: bool = False
+    """Its savepoint was rolled back."""
 
 
 @define(eq=False, repr=False)
-class UnitOfWork(Generic[S_co]):
+class Lifecycle(Generic[S_co]):
+    """The state of a unit and its end: what the middleware and ``async with db():`` do to it."""
+
+    database: Database[S_co]
+    make_session: Callable[[], S_co] | None = None
+    opened: S_co | None = None
+    closed: bool = False
+    hooks: list[RegisteredHook] | None = None
+    notes: dict[str, Any] | None = None
+
+    async def settle(self, *, commit: bool | None) -> bool:
+        """Decide the transaction at hand while the unit goes on: True commits, False rolls back.
+
+        None is for a unit that nobody asked to commit: it keeps what was written for its owner, and
+        gives back the connection of one that only read. Returns whether the owner still holds it.
+        """
+        opened = self.opened
+        if opened is None:
+            return False
+        session = observed(opened)
+        if commit and session.busy():
+            await session.idle()
+        if not session.in_transaction():
+            if commit is not None and self.hooks:
+                await self.run_hooks(committed=commit)
+            return False
+        if session.held_by_owner():
+            return True
+        if commit:
+            await opened.commit()
+        elif not session.has_written():
+            await opened.run_sync(_release)
+        elif commit is None:
+            return True
+        else:
+            await self.roll_back()
+        return False
+
+    async def roll_back(self) -> None:
+        """Roll back while the unit goes on; a rollback that fails loses its connection, which is as good."""
+        if self.opened is not None:
+            try:
+                await self.opened.rollback()
+            except Exception:  # whatever it is, the transaction is not committed
+                logger.warning(_ROLLBACK_FAILED, self.database.name, exc_info=True)
+
+    def finish_idle(self) -> bool:
+        """Close a unit that has nothing left to settle; returns whether that was so."""
+        opened = self.opened
+        if opened is not None:
+            session = observed(opened)
+            if session.uow_holder is not None or self.hooks or session.in_transaction():
+                return False
+            session.end()
+            self.opened = None
+        self.closed = True
+        return True
+
+    async def finish(self, *, commit: bool | None) -> None:
+        """Settle what is left and close the unit for good; ``commit`` as in ``settle``."""
+        if self.finish_idle():
+            return
+        opened = cast("AsyncSession", self.opened)
+        try:
+            committed = await self._settle_rest(opened, observed(opened), commit=commit)
+        except BaseException:
+            await to_completion(self._close())
+            raise
+        if self.hooks or not self.finish_idle():
+            await self._close()
+            await self.run_hooks(committed=committed)
+
+    async def _settle_rest(
+        self, opened: AsyncSession, session: ObservedSession, *, commit: bool | None
+    ) -> bool:
+        """Commit, or let go of what only read; returns whether nothing is left to roll back."""
+        if session.uow_streams and not session.busy():
+            await opened.run_sync(_close_streams)
+        if commit:
+            if session.busy():
+                await session.idle()
+            if session.in_transaction():
+                await opened.commit()
+            return True
+        if commit is None and not self._warn_of_discarded(session):
+            if session.in_transaction() and not session.busy():
+                await opened.run_sync(_release)
+            return True
+        return False
+
+    async def abandon(self) -> None:
+        """Roll back and close the unit for good, to the end even if the task is cancelled meanwhile."""
+        if self.opened is None:
+            self.closed = True
+        else:
+            await to_completion(self.finish(commit=False))
+
+    async def run_hooks(self, *, committed: bool) -> None:
+        """Run the hooks of an outcome, each isolated from the others."""
+        hooks, self.hooks = self.hooks, None
+        for hook in hooks or ():
+            # the hook of a savepoint that was rolled back saw a rollback, whatever became of the rest
+            if hook.on_commit == (committed and not hook.undone):
+                try:
+                    result = hook.run()
+                    if inspect.isawaitable(result):
+                        await result
+                except Exception:
+                    logger.exception(
+                        "A hook of %s failed after its outcome: %r", self.database.name, hook.run
+                    )
+
+    def follow(self, transaction: SessionTransaction, outcome: bool | None) -> None:  # noqa: FBT001  # an event
+        """Follow a transaction's or savepoint's end; called by SQLAlchemy inside its greenlet."""
+        parent = transaction.parent
+        if parent is None:
+            if outcome is None:
+                self.hooks = None
+            elif self.hooks:
+                await_only(self.run_hooks(committed=outcome))
+            return
+        for hook in self.hooks or ():
+            if hook.savepoint is transaction:
+                hook.undone = not outcome
+                hook.savepoint = parent if outcome and parent.nested else None
+
+    async def _close(self) -> None:
+        """Close the unit and its session; whatever is open is rolled back."""
+        opened, self.opened, self.closed = self.opened, None, True
+        if opened is None:
+            return
+        session = observed(opened)
+        if session.busy():
+            await _take_away(opened, session)
+            return
+        try:
+            if session.in_transaction():
+                session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
+                await opened.rollback()
+        except Exception:  # whatever it is, the transaction is not committed
+            logger.warning(_ROLLBACK_FAILED, self.database.name, exc_info=True)
+        finally:
+            session.uow_closed = True
+            if not session.in_transaction():
+                session.end()
+
+    def _warn_of_discarded(self, session: ObservedSession) -> bool:
+        """Log what the coming rollback discards; returns whether there is anything."""
+        statements, objects = session.uow_written, session.pending()
+        if not (statements or objects):
+            return False
+        logger.warning(
+            "%s: %d statements and %d unflushed objects are rolled back at the end of their unit of work, "
+            "because nothing committed them: give commit_on_exit=True, or call `await db.session.commit()`.",
+            self.database.name,
+            statements,
+            objects,
+        )
+        return True
+
+
+_ROLLBACK_FAILED = "ROLLBACK on %s failed; its connection is discarded."
+
+
+@define(eq=False, repr=False)
+class UnitOfWork(Lifecycle[S_co]):
     """Owns at most one session and settles its transactions.
 
     Opened by the middleware for each request, or by ``async with db() as unit:``; closed for good when
     the request, or the block, ends. Later use raises ``UnitClosedError``.
+    ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
     """
-
-    _database: Database[S_co]
-    _session_args: Mapping[str, Any] | None = None
-    opened: S_co | None = None
-    """The session if one has been made and the unit is open, else None; never makes one."""
-    closed: bool = False
-    """Whether the unit has ended."""
-    _hooks: list[_Registered] | None = None
-    _info: dict[str, Any] | None = None
 
     @property
     def session(self) -> S_co:
         """The unit's session, made on first use; a connection is checked out by its first statement."""
-        session = self.opened
-        return self._open() if session is None else session
+        if self.opened is None:
+            if self.closed:
+                raise UnitClosedError(self.database.name)
+            make = self.make_session or self.database.new_session
+            self.opened = make()
+        return self.opened
 
     @property
     def info(self) -> dict[str, Any]:
         """A dictionary for the caller's own notes, kept as long as the unit."""
-        if self._info is None:
-            self._info = {}
-        return self._info
+        if self.notes is None:
+            self.notes = {}
+        return self.notes
 
     async def commit(self) -> None:
         """Commit, give the connection back and run the ``on_commit`` hooks.
 
         The objects stay readable; the next statement begins the next transaction.
         """
-        await self._end_transaction(committed=True)
+        session = self.session
+        if session.in_transaction():
+            await session.commit()
+        else:
+            await self.run_hooks(committed=True)
 
     async def rollback(self) -> None:
         """Roll back, give the connection back and run the ``on_rollback`` hooks."""
-        await self._end_transaction(committed=False)
+        session = self.session
+        if session.in_transaction():
+            await session.rollback()
+        else:
+            await self.run_hooks(committed=False)
 
     def savepoint(self) -> AsyncSessionTransaction:
         """Return a SAVEPOINT for ``async with``: an error that leaves the block undoes the block alone."""
@@ -94,6 +267,17 @@ class UnitOfWork(Generic[S_co]):
         """Register what runs after the next ROLLBACK, with no connection held; else as ``on_commit``."""
         self._register(hook, on_commit=False)
 
+    def _register(self, hook: Hook, *, on_commit: bool) -> None:
+        if not callable(hook):
+            message = f"a hook must be a function without arguments, not {hook!r}."
+            raise TypeError(message)
+        session = observed(self.session)
+        session.uow_follow()
+        session.uow_settled = self.follow
+        if self.hooks is None:
+            self.hooks = []
+        self.hooks.append(RegisteredHook(hook, on_commit, session.get_nested_transaction()))
+
     def __repr__(self) -> str:
         if self.closed:
             state = "closed"
@@ -101,138 +285,12 @@ class UnitOfWork(Generic[S_co]):
             state = "no session yet"
         else:
             state = "in a transaction" if self.opened.in_transaction() else "no transaction"
-        return f"<UnitOfWork of {self._database.name}: {state}>"
-
-    async def _end_transaction(self, *, committed: bool) -> None:
-        session = self.session
-        if not session.in_transaction():
-            await self._run(committed=committed)  # nothing to decide: the hooks' moment all the same
-        elif committed:
-            await session.commit()
-        else:
-            await session.rollback()
-
-    def _open(self) -> S_co:
-        if self.closed:
-            raise UnitClosedError(self._database.name)
-        session = self.opened = self._database.new_session(self._session_args)
-        return session
-
-    def _register(self, hook: Hook, *, on_commit: bool) -> None:
-        if not callable(hook):
-            message = f"a hook must be callable, not {hook!r}."
-            raise TypeError(message)
-        session = _observed(self.session)
-        session.observer.settled = self._settled
-        if self._hooks is None:
-            self._hooks = []
-        self._hooks.append(_Registered(hook, on_commit, session.get_nested_transaction()))
-
-    def _settled(self, transaction: SessionTransaction, outcome: bool | None) -> None:
-        """Follow a transaction's or savepoint's end; called by SQLAlchemy inside its greenlet."""
-        if transaction.parent is None:
-            if outcome is None:
-                self._hooks = None
-            elif self._hooks:
-                await_only(self._run(committed=outcome))
-            return
-        for registered in self._hooks or ():
-            if registered.savepoint is transaction:
-                if outcome:
-                    parent = transaction.parent
-                    registered.savepoint = parent if parent.nested else None
-                else:
-                    registered.due = True
-
-    async def _run(self, *, committed: bool) -> None:
-        """Run the hooks of an outcome, each isolated from the others."""
-        hooks, self._hooks = self._hooks, None
-        for registered in hooks or ():
-            # a hook of a savepoint that was rolled back saw a rollback, whatever became of the rest
-            if registered.on_commit != (committed and not registered.due):
-                continue
-            try:
-                result = registered.hook()
-                if inspect.isawaitable(result):
-                    await result
-            except Exception:
-                logger.exception("A hook of %s failed after its unit had ended: %r", self._database.name, registered.hook)
+        return f"<UnitOfWork of {self.database.name}: {state}>"
 
 
-async def settle(unit: UnitOfWork[AsyncSession], *, commit: bool | None) -> bool:
-    """Decide the transaction at hand while the unit goes on: True commits, False rolls back.
-
-    None is for a unit that nobody asked to commit: it keeps what was written for its owner, and
-    gives back the connection of one that only read. Returns whether the owner still holds it.
-    """
-    opened = unit.opened
-    if opened is None:
-        return False
-    session = _observed(opened)
-    if commit and session.observer.busy():
-        await session.observer.idle()
-    if not session.in_transaction():
-        if commit is not None:
-            await unit._run(committed=commit)
-        return False
-    if held_by_owner(session):
-        return True
-    if commit:
-        await opened.commit()
-    elif not has_written(unit):
-        await opened.run_sync(_release)
-    elif commit is None:
-        return True
-    else:
-        await roll_back(unit)
-    return False
-
-
-async def roll_back(unit: UnitOfWork[AsyncSession]) -> None:
-    """Roll back while the unit goes on; a rollback that fails loses its connection, which is as good."""
-    if unit.opened is not None:
-        try:
-            await unit.opened.rollback()
-        except Exception:
-            logger.warning("ROLLBACK on %s failed; its connection was discarded.", unit._database.name, exc_info=True)
-
-
-async def finish(unit: UnitOfWork[AsyncSession], *, commit: bool | None) -> None:
-    """Settle what is left and close the unit for good; ``commit`` as in ``settle``."""
-    if unit.opened is None:
-        unit.closed = True
-        return
-    session = _observed(unit.opened)
-    try:
-        if commit:
-            await session.observer.idle()
-            if session.in_transaction():
-                await unit.opened.commit()
-        elif commit is None:
-            commit = not _warn_of_discarded(unit, session)
-            if commit and session.in_transaction() and not session.observer.busy():
-                await unit.opened.run_sync(_release)
-    except BaseException:
-        await to_completion(_close(unit))
-        raise
-    await _close(unit)
-    await unit._run(committed=bool(commit))
-
-
-async def abandon(unit: UnitOfWork[AsyncSession]) -> None:
-    """Roll back and close the unit for good, to the end even if the task is cancelled meanwhile."""
-    if unit.opened is None:
-        unit.closed = True
-    else:
-        await to_completion(finish(unit, commit=False))
-
-
-def has_written(unit: UnitOfWork[AsyncSession]) -> bool:
-    """Whether the transaction at hand has sent a statement that writes, or has objects to flush."""
-    if unit.opened is None:
-        return False
-    session = _observed(unit.opened)
-    return bool(session.observer.written or pending(session))
+def observed(session: AsyncSession) -> ObservedSession:
+    """Return what is known of a session."""
+    return cast("ObservedSession", session.sync_session)
 
 
 async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:
@@ -244,72 +302,32 @@ async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.shield(task)
+            await asyncio.wait((task,))
         except asyncio.CancelledError as error:
             cancelled = error
-        except Exception:  # noqa: BLE001, S110, PERF203  # result() below raises it
-            pass
     task.result()
     if cancelled is not None:
         raise cancelled
-
-
-async def _close(unit: UnitOfWork[AsyncSession]) -> None:
-    """Close the unit and its session; whatever was open is rolled back."""
-    opened, unit.opened, unit.closed = unit.opened, None, True
-    if opened is None:
-        return
-    session = _observed(opened)
-    observer = session.observer
-    if observer.busy():
-        await _take_away(opened, session)
-        return
-    try:
-        if session.in_transaction():
-            session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
-            await opened.rollback()
-    except Exception:
-        logger.warning("ROLLBACK on %s failed; its connection was discarded.", observer.database, exc_info=True)
-    finally:
-        observer.closed = True
-        if not session.in_transaction():
-            session.close()  # nothing is checked out any more: this sends nothing
 
 
 async def _take_away(opened: AsyncSession, session: ObservedSession) -> None:
     """End a session under a task that is in the middle of an operation on it.
 
     The connection is discarded, so that the task's statement fails and no other request inherits it. In
-    the middle of COMMIT or of a checkout SQLAlchemy refuses: then the operation itself closes the
-    session when it ends, and only one that holds a connection is waited for.
+    the middle of COMMIT or of a checkout SQLAlchemy refuses: then the operation closes the session when
+    it ends. COMMIT is waited for, a checkout holds no connection yet.
     """
-    observer = session.observer
-    observer.closed = True
+    session.uow_closed = True
     try:
         await opened.invalidate()
     except IllegalStateChangeError:
-        if observer.connections:
-            await observer.idle()
+        if session.uow_operation in {"commit", "rollback", "close", "reset", "release"}:
+            await session.idle()
+
+
+def _close_streams(session: Session) -> None:
+    cast("ObservedSession", session).close_streams()
 
 
 def _release(session: Session) -> None:
     cast("ObservedSession", session).release()
-
-
-def _warn_of_discarded(unit: UnitOfWork[AsyncSession], session: ObservedSession) -> bool:
-    """Log what the coming rollback discards; returns whether there was anything."""
-    statements, objects = session.observer.written, pending(session)
-    if not (statements or objects):
-        return False
-    logger.warning(
-        "%s: %d statements and %d unflushed objects are rolled back at the end of their unit of work, because "
-        "nothing committed them: give commit_on_exit=True, or call `await db.session.commit()`.",
-        unit._database.name,
-        statements,
-        objects,
-    )
-    return True
-
-
-def _observed(session: AsyncSession) -> ObservedSession:
-    return cast("ObservedSession", session.sync_session)

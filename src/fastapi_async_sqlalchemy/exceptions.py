@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "ConcurrentUseError",
@@ -22,6 +25,16 @@ class FastAPIAsyncSQLAlchemyError(Exception):
 
     Errors of the database and of SQLAlchemy pass through unchanged.
     """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle the message as it is: it was built from facts that are not kept."""
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(
+    kind: type[FastAPIAsyncSQLAlchemyError], args: tuple[object, ...]
+) -> FastAPIAsyncSQLAlchemyError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
@@ -117,8 +130,8 @@ class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
     def __init__(self, committed: Sequence[str], failed: str) -> None:
         super().__init__(
-            f"COMMIT failed on {failed} after {', '.join(committed)} had committed: repair the committed side "
-            "by a compensating transaction, and write to one database in a request where that cannot be done."
+            f"COMMIT failed on {failed} after {', '.join(committed)} had committed: repair the committed "
+            "side by a compensating transaction, or write to one database only where that cannot be done."
         )
         self.committed: tuple[str, ...] = tuple(committed)
         self.failed: str = failed

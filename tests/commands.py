@@ -1,0 +1,50 @@
+"""The curl commands that the example prints and the documentation shows, sent to where the test runs."""
+
+import json
+import shlex
+
+from attrs import frozen
+from httpx2 import URL, AsyncClient, Response
+
+
+@frozen
+class Curl:
+    """One curl command: of its options, those that the project's own texts use."""
+
+    method: str
+    url: URL
+    headers: dict[str, str]
+    body: str | None
+
+    @classmethod
+    def parse(cls, line: str) -> "Curl":
+        """Read a command line; an option that is not known here is an error."""
+        words = iter(shlex.split(line))
+        assert next(words) == "curl", line
+        method, url, body, headers = "", "", None, dict[str, str]()
+        for word in words:
+            if word == "-X":
+                method = next(words)
+            elif word == "-H":
+                name, _, value = next(words).partition(": ")
+                headers[name] = value
+            elif word == "-d":
+                body = next(words)
+            elif not word.startswith("-"):
+                url = word
+            else:
+                assert word in {"-i", "-N"}, f"{word} in {line}"
+        return cls(method or ("GET" if body is None else "POST"), URL(url), headers, body)
+
+    async def send(self, client: AsyncClient) -> Response:
+        """Send the request by a client that knows the host, whatever host the text names."""
+        target = self.url.raw_path.decode()
+        return await client.request(self.method, target, headers=self.headers, content=self.body)
+
+
+def same_answer(shown: str, answered: str) -> bool:
+    """Whether a text and a response's body say the same: as JSON if it is JSON, else letter by letter."""
+    try:
+        return bool(json.loads(shown) == json.loads(answered))
+    except ValueError:
+        return shown.strip() == answered.strip()

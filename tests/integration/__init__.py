@@ -1,0 +1,1 @@
+"""Real applications, served on real databases and judged from outside."""

@@ -1,0 +1,32 @@
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic
+
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from . import CommitWhen, EngineArgs, S_co, SessionArgs, SessionProxy
+
+__all__ = ["SQLAlchemyMiddleware", "create_middleware_and_session_proxy", "db"]
+
+class SQLAlchemyMiddleware(Generic[S_co]):
+    app: ASGIApp
+    def __init__(
+        self,
+        app: ASGIApp,
+        db_url: str | URL | None = None,
+        custom_engine: AsyncEngine | None = None,
+        engine_args: EngineArgs | Mapping[str, Any] | None = None,
+        session_args: SessionArgs | Mapping[str, Any] | None = None,
+        commit_on_exit: bool = False,
+        *,
+        exclude_paths: Iterable[str] | None = None,
+        commit_when: CommitWhen | None = None,
+    ) -> None: ...
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+def create_middleware_and_session_proxy(
+    session_class: type[S_co] | None = None,
+) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]: ...
+
+db: SessionProxy[AsyncSession]
