@@ -58,7 +58,7 @@ types: venv ## mypy and pyright, both strict, and the stubs against the installe
 	$(bin)/mypy src
 	$(bin)/mypy typings $(typed)
 	$(bin)/pyright --pythonpath $(bin)/python
-	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml --allowlist stubtest-allowlist.txt
+	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml
 
 .PHONY: typing-contract
 typing-contract: venv ## programs beside the repository that must type-check, and mistakes that must not

@@ -25,16 +25,23 @@ if TYPE_CHECKING:
 
 
 @define(eq=False, repr=False)
-class SessionProxy(Generic[S_co]):
+class Handle(Generic[S_co]):
+    """What a proxy holds: its database, and where the current unit is found."""
+
+    database: Database[S_co]
+    current: ContextVar[UnitOfWork[S_co] | NoUnit]
+    current_unit: Callable[[], UnitOfWork[S_co] | NoUnit]
+    """The variable's ``get``."""
+
+
+class SessionProxy(Handle[S_co]):
     """One database's ``db``: the current session and unit of work, and new units.
 
     Made with its middleware by ``create_middleware_and_session_proxy()`` and kept for the life of the
     process. It has no state of its own but the engine that was bound to it.
     """
 
-    _database: Database[S_co]
-    _current: ContextVar[UnitOfWork[S_co] | NoUnit]
-    _get: Callable[[], UnitOfWork[S_co] | NoUnit]
+    __slots__ = ()
 
     @property
     def session(self) -> S_co:
@@ -44,14 +51,14 @@ class SessionProxy(Generic[S_co]):
         ``UnitClosedError`` in a task that outlived its unit, ``SessionNotInitialisedError`` before
         there is an engine.
         """
-        unit = self._get()
+        unit = self.current_unit()
         session = unit.opened
         return unit.session if session is None else session
 
     @property
     def unit(self) -> UnitOfWork[S_co]:
         """The current unit of work; raises as ``session`` does."""
-        unit = self._get()
+        unit = self.current_unit()
         if isinstance(unit, NoUnit):
             return unit.session
         return unit
@@ -59,7 +66,7 @@ class SessionProxy(Generic[S_co]):
     @property
     def engine(self) -> AsyncEngine:
         """The engine; ``SessionNotInitialisedError`` before there is one."""
-        return self._database.engine
+        return self.database.engine
 
     def __call__(
         self,
@@ -77,8 +84,8 @@ class SessionProxy(Generic[S_co]):
         """
         if commit_on_exit is not False:
             boolean("commit_on_exit", commit_on_exit)
-        make = None if session_args is None else self._database.maker(session_args)
-        return UnitScope(self._database, self._current, commit_on_exit, make)
+        make = None if session_args is None else self.database.maker(session_args)
+        return UnitScope(self.database, self.current, commit_on_exit, make)
 
     def connect(
         self,
@@ -99,22 +106,22 @@ class SessionProxy(Generic[S_co]):
             engine = url
         else:
             engine = create_engine("url", url, engine_args)
-        self._database.check(engine, session_args)
-        return Connected(self, self._database, engine, session_args, owned=engine is not url)
+        self.database.check(engine, session_args)
+        return Connected(self, self.database, engine, session_args, owned=engine is not url)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine, until ``unbind()``; it is never disposed here.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use.
         """
-        self._database.bind(async_engine("engine", engine), session_args)
+        self.database.bind(async_engine("engine", engine), session_args)
 
     def unbind(self) -> None:
         """Let go of an engine that ``bind()`` took; another one may be bound then."""
-        self._database.unbind()
+        self.database.unbind()
 
     def __repr__(self) -> str:
-        return f"<SessionProxy of {self._database.name}>"
+        return f"<SessionProxy of {self.database.name}>"
 
 
 @define(eq=False, repr=False)

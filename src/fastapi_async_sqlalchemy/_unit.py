@@ -205,7 +205,6 @@ class Lifecycle(Generic[S_co]):
 _ROLLBACK_FAILED = "ROLLBACK on %s failed; its connection is discarded."
 
 
-@define(eq=False, repr=False)
 class UnitOfWork(Lifecycle[S_co]):
     """Owns at most one session and settles its transactions.
 
@@ -213,6 +212,8 @@ class UnitOfWork(Lifecycle[S_co]):
     the request, or the block, ends. Later use raises ``UnitClosedError``.
     ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
     """
+
+    __slots__ = ()
 
     @property
     def session(self) -> S_co:

@@ -21,7 +21,6 @@ from fastapi_async_sqlalchemy import (
     PartialCommitError,
     SessionNotInitialisedError,
     SessionProxy,
-    SQLAlchemyMiddleware,
     create_middleware_and_session_proxy,
 )
 from tests.databases import Judge, JudgeFor
@@ -42,7 +41,7 @@ class SecondSession(AsyncSession):
 class Side:
     """One database of a test: its pair, its engine, and its judge."""
 
-    middleware: type[SQLAlchemyMiddleware[Any]]
+    middleware: Any
     db: SessionProxy[AsyncSession]
     engine: AsyncEngine
     judge: Judge
@@ -50,7 +49,7 @@ class Side:
     def mounted(self, **options: Any) -> Middleware:
         """Return the pair's middleware for an application."""
         options.setdefault("custom_engine", self.engine)
-        return Middleware(self.middleware, **options)  # type: ignore[arg-type, unused-ignore]
+        return Middleware(self.middleware, **options)
 
     async def notes(self) -> list[object]:
         """Return the texts of the notes that are committed, in order."""
@@ -279,9 +278,7 @@ async def test_second_engine_on_a_live_proxy_is_refused(
 
     other = app_of(Middleware(first.middleware, **given))
     async with asgi_client(app) as client:
-        with pytest.raises(
-            EngineAlreadyBoundError, match=r"^FirstSession \(postgresql\+asyncpg.*its own pair"
-        ):
+        with pytest.raises(EngineAlreadyBoundError, match=r"^FirstSession \(postgresql.*its own pair"):
             await asgi_client(other).__aenter__()
         assert (await client.get("/")).json() == 1
         assert first.db.engine is first.engine
@@ -292,7 +289,8 @@ async def test_another_application_may_bind_after_the_shutdown(
     postgresql_url: str, sqlite_url: str, judge_for: JudgeFor, *, owned: bool
 ) -> None:
     """When the first application has shut down, another one may bring its own engine."""
-    middleware, db = create_middleware_and_session_proxy(FirstSession)
+    pair: tuple[Any, SessionProxy[FirstSession]] = create_middleware_and_session_proxy(FirstSession)
+    middleware, db = pair
     for url in (postgresql_url, sqlite_url, postgresql_url):
         async with engine_with_tables(url) as engine:
             app = app_of(Middleware(middleware, **({"db_url": url} if owned else {"custom_engine": engine})))
@@ -372,7 +370,7 @@ async def test_partial_commit_is_raised(inner_and_outer: tuple[Side, Side]) -> N
     """The error that the server sees names both sides; its cause is the database's own error."""
     inner, outer = inner_and_outer
     async with asgi_client(writing_app(inner, outer, failing=outer)) as client:
-        with pytest.raises(PartialCommitError, match="had committed: repair the committed side") as raised:
+        with pytest.raises(PartialCommitError, match="had committed: repair") as raised:
             await client.get("/")
     (committed,) = raised.value.committed
     assert committed.startswith(name(inner))

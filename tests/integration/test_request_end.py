@@ -298,23 +298,23 @@ def blocked_route(site: Site, doing: Doing, where: str) -> asyncio.Event:
         reached.set()
         await asyncio.Event().wait()
 
+    async def at(place: str) -> None:
+        if place == where:
+            await doing(site.db, wait)
+
     async def dependency() -> AsyncGenerator[None]:
-        if where == "dependency":
-            await doing(site.db, wait)
+        await at("dependency")
         yield
-        if where == "teardown":
-            await doing(site.db, wait)
+        await at("teardown")
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await at("body")
+        yield b"last"
 
     @site.app.get("/", dependencies=[Depends(dependency)])
     async def route() -> Response:
-        async def body() -> AsyncIterator[bytes]:
-            yield b"first"
-            if where == "body":
-                await doing(site.db, wait)
-            yield b"last"
-
-        if where == "route":
-            await doing(site.db, wait)
+        await at("route")
         return StreamingResponse(body())
 
     @site.app.get("/next")
@@ -419,10 +419,10 @@ async def test_stream_that_returns_as_if_it_were_done(
 
 BLOCKED = {
     "postgresql": "SELECT count(*) FROM pg_locks WHERE NOT granted",
-    "mysql": "SELECT count(*) FROM information_schema.innodb_trx JOIN information_schema.processlist"
-    " ON trx_mysql_thread_id = id WHERE trx_state = 'LOCK WAIT' AND db = database()",
+    "mysql": "SELECT count(*) FROM information_schema.processlist"
+    " WHERE db = database() AND id <> connection_id() AND info LIKE 'INSERT%'",
 }
-"""How many connections of a database wait for a lock."""
+"""How many connections of a database wait for a lock, or on MariaDB are about to."""
 
 
 async def blocked(site: Site) -> None:
@@ -587,7 +587,7 @@ RESPONSES: dict[str, tuple[list[Message], list[str]]] = {
     "whole": ([START, MORE, LAST], ["1", "2", "3", "end"]),
     "pathsend": ([START, PATHSEND], ["1", "2", "end"]),
 }
-"""What an application sends; and of the notes that it writes before each message and at its end, those kept."""
+"""What an application sends; and which of the notes that it writes before each message and at its end stay."""
 
 
 @pytest.mark.parametrize("name", RESPONSES)
@@ -791,7 +791,7 @@ async def test_engine_after_a_lifespan_that_failed(database_url: str, owner: str
 @owners
 @pytest.mark.parametrize("served", [True, False])
 async def test_engine_after_two_lifespans(database_url: str, owner: str, *, served: bool) -> None:
-    """One application can go through two lifespans, each of which ends with the middleware's engine disposed."""
+    """One application can go through two lifespans, and each ends with the middleware's engine disposed."""
     life = Life(database_url, owner)
     app, db = life.application()
     for _ in range(2):

@@ -4,12 +4,15 @@ from typing import Any, Generic
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from starlette.types import ASGIApp, Receive, Scope, Send
+from typing_extensions import TypeVar
 
-from . import CommitWhen, EngineArgs, S_co, SessionArgs, SessionProxy
+from . import CommitWhen, EngineArgs, SessionArgs, SessionProxy
+
+_S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
 __all__ = ["SQLAlchemyMiddleware", "create_middleware_and_session_proxy", "db"]
 
-class SQLAlchemyMiddleware(Generic[S_co]):
+class SQLAlchemyMiddleware(Generic[_S_co]):
     app: ASGIApp
     def __init__(
         self,
@@ -26,7 +29,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None,
-) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]: ...
+    session_class: type[_S_co] | None = None,
+) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]
