@@ -7,10 +7,13 @@ LOCK ?= requirements/dev.txt
 PYTHON ?= $(shell python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo python3 || .ci/pythons | tail -n 1 | cut -d ' ' -f 2)
 ARGS ?=
+# Groups of programs that must hold: core; units and tasks too, once there is what they use.
 CONTRACT ?= ../shared/typing/check.py
 CONTRACT_GROUPS ?= core
 
 bin := $(VENV)/bin
+# One cache for each environment: what mypy knows of SQLAlchemy 2.0 is not true of 2.1.
+export MYPY_CACHE_DIR := $(abspath $(VENV))/mypy-cache
 sources := $(shell find src typings -not -name '*.pyc' 2>/dev/null)
 typed := $(wildcard typing_tests tests examples benchmarks)
 
@@ -52,20 +55,22 @@ lint: venv ## ruff: rules and format
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-# Two runs of mypy: `src` reads the bodies, everything else reads the stubs.
+# Two runs of mypy: `src` reads the bodies, everything else reads the stubs. The last line asks what users see:
+# outside the repository, where pyright finds the wheel by the first interpreter of the PATH.
 .PHONY: types
-types: venv ## mypy and pyright, both strict, and the stubs against the installed package
+types: venv ## mypy and pyright, both strict; the stubs against the installed package; nothing public untyped
 	$(bin)/mypy src
 	$(bin)/mypy typings $(typed)
 	$(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml
+	cd "$$(mktemp -d)" && PATH="$(abspath $(bin)):$$PATH" pyright --ignoreexternal --verifytypes fastapi_async_sqlalchemy
 
 .PHONY: typing-contract
 typing-contract: venv ## programs beside the repository that must type-check, and mistakes that must not
 	@if [ -f $(CONTRACT) ]; then $(bin)/python $(CONTRACT) $(CONTRACT_GROUPS); else echo "no typing contract at $(CONTRACT)"; fi
 
 .PHONY: test-matrix
-test-matrix: venv ## the tests on the oldest and newest Python, SQLAlchemy 2.0, the lowest dependencies
+test-matrix: venv ## tests on the oldest and newest Python, SQLAlchemy 2.0, the lowest dependencies; types but on the last
 	.ci/matrix
 
 compile := $(bin)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \

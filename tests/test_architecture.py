@@ -18,6 +18,8 @@ ROOMS = (
     "exceptions",
     "_options",
     "_pool",
+    "_session",
+    "_session",
     "_observer",
     "_database",
     "_unit",

@@ -50,7 +50,7 @@ BAD_URLS: dict[str, tuple[object, str]] = {
     "a synchronous driver": ("sqlite:///test.db", r"{name}.* asyncio driver, .* sqlite\+aiosqlite"),
     "PostgreSQL without a driver": ("postgresql://h/db", r"{name}.* asyncio driver, .* postgresql\+asyncpg"),
     "MySQL without a driver": ("mysql://h/db", r"{name}.* asyncio driver, .* mysql\+aiomysql"),
-    "a missing driver": ("mssql+aioodbc://h/db", "{name}: .* driver .* installed.* install it"),
+    "a missing driver": ("postgresql+psycopg://h/db", "{name}: .* driver .* installed.* install it"),
     "an unknown dialect": ("nosuch://h/db", r"{name}.*'nosuch'.* for example postgresql\+asyncpg"),
     "an unknown driver": (
         "postgresql+nosuch://h/db",
@@ -317,7 +317,9 @@ async def test_no_error_of_ours_shows_a_secret() -> None:
         pytest.param("postgresql+asyncpg//user:s3cret@host/db?password=s3cret2", id="a missing colon"),
         pytest.param("postgresql://user:s3cret@host/db?password=s3cret2", id="no driver"),
         pytest.param("nosuch://user:s3cret@host/db?password=s3cret2", id="an unknown dialect"),
-        pytest.param("mssql+aioodbc://user:s3cret@host/db?password=s3cret2", id="a driver not installed"),
+        pytest.param(
+            "postgresql+psycopg://user:s3cret@host/db?password=s3cret2", id="a driver not installed"
+        ),
         pytest.param("sqlite://user:s3cret@host/db?password=s3cret2", id="a synchronous driver"),
         pytest.param("sqlite+aiosqlite://user:s3cret@host/db?password=s3cret2", id="a server for SQLite"),
     ],

@@ -53,7 +53,6 @@ class UnitScope(Generic[S_co]):
     commit_on_exit: bool
     make: Callable[[], S_co] | None
     unit: UnitOfWork[S_co] | None = None
-    outer: UnitOfWork[S_co] | NoUnit | None = None
 
     async def __aenter__(self) -> UnitOfWork[S_co]:
         if self.unit is not None:
@@ -61,22 +60,26 @@ class UnitScope(Generic[S_co]):
         if not self.database.connected:
             raise SessionNotInitialisedError(self.database.name)
         self.unit = unit = UnitOfWork(self.database, self.make)
-        self.outer = self.current.get()
+        unit.outer = self.current.get()
         self.current.set(unit)
         return unit
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        unit, outer = self.unit, self.outer
-        if unit is None or outer is None:
+        unit = self.unit
+        if unit is None:
             raise UnitClosedError(self.database.name)
+        outer: UnitOfWork[S_co] | NoUnit = unit.outer
         try:
             if error is not None:
                 await unit.abandon()
             elif not unit.finish_idle():
                 await unit.finish(commit=self.commit_on_exit or None)
         finally:
-            # a generator may be closed in another context than it was entered in: nothing is bound there
+            # a generator may be closed in another context than it was entered in, where nothing is bound,
+            # and generators may be closed in any order: an outer unit that has ended is passed over
             if self.current.get() is unit:
+                while isinstance(outer, UnitOfWork) and outer.closed and outer.outer is not None:
+                    outer = outer.outer
                 self.current.set(outer)

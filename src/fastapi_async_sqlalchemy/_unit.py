@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
     from sqlalchemy.orm import Session, SessionTransaction
 
-    from ._observer import ObservedSession
+    from ._session import ObservedSession
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -47,9 +47,13 @@ class Lifecycle(Generic[S_co]):
     database: Database[S_co]
     make_session: Callable[[], S_co] | None = None
     opened: S_co | None = None
+    watched: ObservedSession | None = None
+    """What is known of the opened session: its synchronous side."""
     closed: bool = False
     hooks: list[RegisteredHook] | None = None
     notes: dict[str, Any] | None = None
+    outer: Any = None
+    """What was current where the unit was opened: another unit, or what says that there is none."""
 
     async def settle(self, *, commit: bool | None) -> bool:
         """Decide the transaction at hand while the unit goes on: True commits, False rolls back.
@@ -57,11 +61,10 @@ class Lifecycle(Generic[S_co]):
         None is for a unit that nobody asked to commit: it keeps what was written for its owner, and
         gives back the connection of one that only read. Returns whether the owner still holds it.
         """
-        opened = self.opened
-        if opened is None:
+        opened, session = self.opened, self.watched
+        if opened is None or session is None:
             return False
-        session = observed(opened)
-        if commit and session.busy():
+        if commit and session.uow_holder is not None:
             await session.idle()
         if not session.in_transaction():
             if commit is not None and self.hooks:
@@ -89,13 +92,12 @@ class Lifecycle(Generic[S_co]):
 
     def finish_idle(self) -> bool:
         """Close a unit that has nothing left to settle; returns whether that was so."""
-        opened = self.opened
-        if opened is not None:
-            session = observed(opened)
+        session = self.watched
+        if session is not None:
             if session.uow_holder is not None or self.hooks or session.in_transaction():
                 return False
             session.end()
-            self.opened = None
+            self.opened = self.watched = None
         self.closed = True
         return True
 
@@ -103,9 +105,9 @@ class Lifecycle(Generic[S_co]):
         """Settle what is left and close the unit for good; ``commit`` as in ``settle``."""
         if self.finish_idle():
             return
-        opened = cast("AsyncSession", self.opened)
+        opened, session = cast("AsyncSession", self.opened), cast("ObservedSession", self.watched)
         try:
-            committed = await self._settle_rest(opened, observed(opened), commit=commit)
+            committed = await self._settle_rest(opened, session, commit=commit)
         except BaseException:
             await to_completion(self._close())
             raise
@@ -169,10 +171,10 @@ class Lifecycle(Generic[S_co]):
 
     async def _close(self) -> None:
         """Close the unit and its session; whatever is open is rolled back."""
-        opened, self.opened, self.closed = self.opened, None, True
-        if opened is None:
+        opened, session = self.opened, self.watched
+        self.opened, self.watched, self.closed = None, None, True
+        if opened is None or session is None:
             return
-        session = observed(opened)
         if session.busy():
             await _take_away(opened, session)
             return
@@ -223,6 +225,7 @@ class UnitOfWork(Lifecycle[S_co]):
                 raise UnitClosedError(self.database.name)
             make = self.make_session or self.database.new_session
             self.opened = make()
+            self.watched = cast("ObservedSession", self.opened.sync_session)
         return self.opened
 
     @property
@@ -260,7 +263,8 @@ class UnitOfWork(Lifecycle[S_co]):
 
         Hooks run in order; an error in one is logged and does not stop the others. One that was
         registered inside a savepoint is dropped when the savepoint is rolled back. None runs when the
-        outcome of COMMIT is unknown.
+        outcome of COMMIT is unknown. A hook may use the unit's session, or open a unit of its own; only
+        the latter where ``async with session.begin():`` committed.
         """
         self._register(hook, on_commit=True)
 
@@ -272,7 +276,7 @@ class UnitOfWork(Lifecycle[S_co]):
         if not callable(hook):
             message = f"a hook must be a function without arguments, not {hook!r}."
             raise TypeError(message)
-        session = observed(self.session)
+        session = cast("ObservedSession", self.session.sync_session)
         session.uow_follow()
         session.uow_settled = self.follow
         if self.hooks is None:
@@ -287,11 +291,6 @@ class UnitOfWork(Lifecycle[S_co]):
         else:
             state = "in a transaction" if self.opened.in_transaction() else "no transaction"
         return f"<UnitOfWork of {self.database.name}: {state}>"
-
-
-def observed(session: AsyncSession) -> ObservedSession:
-    """Return what is known of a session."""
-    return cast("ObservedSession", session.sync_session)
 
 
 async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:

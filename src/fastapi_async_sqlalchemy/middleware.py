@@ -15,7 +15,7 @@ from ._context import NoUnit
 from ._database import Database, S_co
 from ._options import async_engine, commit_policy, create_engine, paths, session_class_of
 from ._proxy import SessionProxy, new_database
-from ._unit import Lifecycle, UnitOfWork, observed
+from ._unit import Lifecycle, UnitOfWork
 from .exceptions import ConfigurationError, PartialCommitError
 
 if TYPE_CHECKING:
@@ -204,7 +204,6 @@ class _Exchange:
         unit = self.unit
         try:
             self.decision = self.policy.response(message["status"], exception)
-            wrote = unit.opened is not None and observed(unit.opened).has_written()
             self.held = await unit.settle(commit=self.decision)
         except Exception as error:
             committed = self.scope.get(_COMMITTED)
@@ -214,7 +213,7 @@ class _Exchange:
                 raise
             logger.error("%s", self.failure)  # noqa: TRY400  # the cause goes on with the error
             raise self.failure from error
-        if wrote and self.decision and not self.held:
+        if self.decision and unit.watched is not None and unit.watched.uow_wrote:
             self.scope.setdefault(_COMMITTED, []).append(unit.database.name)
         await self.forward(message)
 

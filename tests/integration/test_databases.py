@@ -9,7 +9,7 @@ import pytest
 from attrs import define
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from sqlalchemy import select, text
+from sqlalchemy import AsyncAdaptedQueuePool, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from starlette.middleware import Middleware
@@ -289,11 +289,13 @@ async def test_another_application_may_bind_after_the_shutdown(
     postgresql_url: str, sqlite_url: str, judge_for: JudgeFor, *, owned: bool
 ) -> None:
     """When the first application has shut down, another one may bring its own engine."""
+    pooled: dict[str, Any] = {"poolclass": AsyncAdaptedQueuePool}
     pair: tuple[Any, SessionProxy[FirstSession]] = create_middleware_and_session_proxy(FirstSession)
     middleware, db = pair
     for url in (postgresql_url, sqlite_url, postgresql_url):
         async with engine_with_tables(url) as engine:
-            app = app_of(Middleware(middleware, **({"db_url": url} if owned else {"custom_engine": engine})))
+            ours = {"db_url": url, "engine_args": pooled} if owned else {"custom_engine": engine}
+            app = app_of(Middleware(middleware, **ours))
             async with asgi_client(app):
                 async with db(commit_on_exit=True) as unit:
                     await unit.session.execute(text("DELETE FROM note"))

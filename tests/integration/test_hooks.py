@@ -304,6 +304,34 @@ async def test_failing_hook_stops_nothing(
     assert "ValueError: a broken hook" in caplog.text
 
 
+@pytest.mark.parametrize("act", [leave, commit_unit, commit_session])
+async def test_cancelled_in_a_hook(
+    worker: Site, act: Act, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that is cancelled in a hook ends cancelled; the writes are there, and so is the connection."""
+    inside = asyncio.Event()
+
+    async def slow() -> None:
+        inside.set()
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        async with worker.db(commit_on_exit=True) as unit:
+            unit.on_commit(slow)
+            unit.on_rollback(log.hook("rolled back"))
+            await act(unit)
+
+    task = asyncio.create_task(work())
+    await inside.wait()
+    task.cancel("enough")
+    with pytest.raises(asyncio.CancelledError, match="enough"):
+        await task
+    assert log == []
+    assert worker.checked_out() == 0
+    assert await worker.notes() == ["a"]
+    assert complaints(caplog) == []
+
+
 @pytest.mark.parametrize("register", ["on_commit", "on_rollback"])
 async def test_hook_that_cannot_be_called_is_refused(worker: Site, register: str) -> None:
     """A coroutine in place of its function is refused where it is registered."""

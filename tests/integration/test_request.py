@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import pytest
+from anyio import from_thread
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from httpx2 import AsyncClient
@@ -289,6 +290,38 @@ async def test_raised_error(
     assert complaints(caplog) == []
 
 
+@pytest.mark.parametrize(("outside", "inside"), [case for case in AROUND if case.id != "BaseHTTP inside"])
+@pytest.mark.parametrize("threaded", [True, False])
+async def test_mapped_error_among_other_middlewares(
+    make_site: MakeSite,
+    postgresql_url: str,
+    outside: list[Middleware],
+    inside: list[Middleware],
+    *,
+    threaded: bool,
+) -> None:
+    """An error that a handler, `async` or not, maps to 200 rolls back with other middlewares around, too."""
+    site = await make_site(postgresql_url, outside=outside, inside=inside, commit_on_exit=True)
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return Response("mended")
+
+    def answer_in_thread(request: Request, error: Exception) -> Response:
+        return Response("mended")
+
+    site.app.add_exception_handler(DomainError, answer_in_thread if threaded else answer)
+
+    @site.app.get("/")
+    async def write() -> None:
+        site.db.session.add(Note(text="new"))
+        await site.db.session.flush()
+        fail()
+
+    response = await site.get()
+    assert (response.status_code, response.text) == (200, "mended")
+    assert await site.notes() == []
+
+
 async def test_error_that_the_route_handled_itself(make_site: MakeSite, database_url: str) -> None:
     """An error that the route caught and answered by itself does not keep a 200 from committing."""
     site = await make_site(database_url, commit_on_exit=True)
@@ -348,6 +381,9 @@ async def test_inner_base_http_middleware_hides_the_error(
     [
         ("/flushed", "1 statements and 0 unflushed objects"),
         ("/core", "2 statements and 0 unflushed objects"),
+        ("/many", "1 statements and 0 unflushed objects"),
+        ("/connection", "1 statements and 0 unflushed objects"),
+        ("/committed-before", "1 statements and 0 unflushed objects"),
         ("/pending", "0 statements and 1 unflushed objects"),
         ("/deleted", "0 statements and 1 unflushed objects"),
         ("/changed", "0 statements and 1 unflushed objects"),
@@ -373,6 +409,21 @@ async def test_write_that_nobody_commits(
     async def core() -> None:
         await site.db.session.execute(insert(Note).values(text="new"))
         await site.db.session.execute(text("UPDATE note SET text = 'newer' WHERE text = 'new'"))
+
+    @site.app.get("/many")
+    async def many() -> None:
+        await site.db.session.execute(insert(Note), [{"text": "new"}, {"text": "newer"}])
+
+    @site.app.get("/connection")
+    async def connection() -> None:
+        connection = await site.db.session.connection()
+        await connection.execute(insert(Note).values(text="new"))
+
+    @site.app.get("/committed-before")
+    async def committed_before() -> None:
+        await site.db.session.execute(text("UPDATE note SET text = 'old'"))
+        await site.db.session.commit()
+        await site.db.session.execute(text("UPDATE note SET text = 'new'"))
 
     @site.app.get("/deleted")
     async def deleted() -> None:
@@ -739,6 +790,26 @@ async def test_handler_may_read(make_site: MakeSite, deferring_url: str) -> None
 
     response = await site.get()
     assert (response.status_code, response.json()) == (409, 0)
+    assert await site.notes() == []
+
+
+async def test_handler_that_fails_itself(make_site: MakeSite, deferring_url: str) -> None:
+    """An error of the handler that answers for a failed commit reaches the server, and nothing is kept."""
+    site = await make_site(deferring_url, commit_on_exit=True)
+
+    @site.app.exception_handler(IntegrityError)
+    async def answer(request: Request, error: Exception) -> Response:
+        site.db.session.add(Note(text="handler"))
+        await site.db.session.flush()
+        message = "no answer"
+        raise DomainError(message)
+
+    @site.app.get("/")
+    async def write() -> None:
+        site.db.session.add(Reply(**ORPHAN))
+
+    with pytest.raises(DomainError, match="no answer"):
+        await site.get()
     assert await site.notes() == []
 
 
@@ -1227,6 +1298,19 @@ async def test_same_session_everywhere(
             assert (await client.get(path)).text == "done"
             assert len(seen) == 2 * places
             assert len({id(found) for found in seen.values()}) == 2
+
+
+async def test_route_in_a_thread(make_site: MakeSite, database_url: str) -> None:
+    """A `def` route writes in its thread, and by the loop from there, in the request's one unit."""
+    site = await make_site(database_url, commit_on_exit=True)
+
+    @site.app.get("/")
+    def write() -> int | None:
+        site.db.session.add(Note(text="new"))
+        return from_thread.run(site.db.session.scalar, select(func.count()).select_from(Note))
+
+    assert (await site.get()).json() == 1
+    assert await site.notes() == ["new"]
 
 
 async def test_handlers_and_inner_middlewares_see_the_unit(make_site: MakeSite, postgresql_url: str) -> None:

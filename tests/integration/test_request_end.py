@@ -587,7 +587,7 @@ RESPONSES: dict[str, tuple[list[Message], list[str]]] = {
     "whole": ([START, MORE, LAST], ["1", "2", "3", "end"]),
     "pathsend": ([START, PATHSEND], ["1", "2", "end"]),
 }
-"""What an application sends; and which of the notes that it writes before each message and at its end stay."""
+"""What an application sends; and which of the notes written before each message and at its end stay."""
 
 
 @pytest.mark.parametrize("name", RESPONSES)

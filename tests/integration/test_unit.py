@@ -5,15 +5,17 @@ import gc
 import logging
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, insert, inspect, select, text, update
+from sqlalchemy import AsyncAdaptedQueuePool, delete, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from fastapi_async_sqlalchemy import (
     EngineAlreadyBoundError,
+    EngineArgs,
     MissingSessionError,
     SessionNotInitialisedError,
     SessionProxy,
@@ -69,8 +71,9 @@ ENDS = (BoomError("boom"), BoomExit("boom"), asyncio.CancelledError("boom"))
 async def test_connect_serves_units(database_url: str, judge_for: JudgeFor) -> None:
     """`async with db.connect(url):` is all that a script needs; at its end the engine is gone."""
     _, db = create_middleware_and_session_proxy()
+    pooled: EngineArgs = {"poolclass": AsyncAdaptedQueuePool}  # SQLAlchemy's default for SQLite since 2.0.38
     async with engine_with_tables(database_url):
-        async with db.connect(database_url) as connected:
+        async with db.connect(database_url, engine_args=pooled) as connected:
             assert connected is db
             engine = db.engine
             async with db(commit_on_exit=True) as unit:
@@ -743,17 +746,62 @@ async def test_commit_in_the_middle(worker: Site, by: str, caplog: pytest.LogCap
     assert complaints(caplog) == []
 
 
-@pytest.mark.parametrize("commit_on_exit", [True, False])
-async def test_objects_stay_readable_after_the_block(worker: Site, *, commit_on_exit: bool) -> None:
+@pytest.mark.parametrize("end", ["commit", "discard", "error"])
+async def test_objects_stay_readable_after_the_block(worker: Site, end: str) -> None:
     """What was loaded or written can be read after the block, however it ended."""
     await write(worker.db, commit_on_exit=True)
-    async with worker.db(commit_on_exit=commit_on_exit) as unit:
-        loaded = await unit.session.scalar(select(Note))
-        made = Note(text="made")
-        unit.session.add(made)
-        await unit.session.flush()
-    assert loaded is not None
-    assert (loaded.text, made.text, made.id > loaded.id) == ("written", "made", True)
+    loaded: list[Note | None] = []
+
+    async def work(*, writes: bool) -> None:
+        async with worker.db(commit_on_exit=end == "commit") as unit:
+            loaded.append(await unit.session.scalar(select(Note).order_by(Note.id)))
+            if writes:
+                loaded.append(Note(text="made"))
+                unit.session.add(loaded[-1])
+                await unit.session.flush()
+            if end == "error":
+                raise BoomError
+
+    for writes in (True, False):
+        with suppress(BoomError):
+            await work(writes=writes)
+    assert [note and note.text for note in loaded] == ["written", "made", "written"]
+
+
+async def test_session_closed_in_the_middle_begins_afresh(worker: Site) -> None:
+    """`session.close()` rolls back and gives the connection back; the unit and its session go on."""
+    async with worker.db(commit_on_exit=True) as unit:
+        session = unit.session
+        session.add(Note(text="gone"))
+        await session.flush()
+        await session.close()
+        assert worker.checked_out() == 0
+        assert unit.session is session
+        session.add(Note(text="kept"))
+    assert await worker.notes() == ["kept"]
+
+
+async def test_unit_keeps_notes_of_the_caller(worker: Site) -> None:
+    """`unit.info` is the unit's own dictionary and needs no session."""
+    async with worker.db() as outer, worker.db() as inner:
+        outer.info["who"] = "outer"
+        assert outer.info == {"who": "outer"}
+        assert inner.info == {}
+        assert outer.opened is None
+
+
+async def test_unit_shows_its_state(worker: Site) -> None:
+    """A unit's repr is one line: which database, and how far it is."""
+    async with worker.db() as unit:
+        shown = [repr(unit)]
+        session = unit.session
+        shown.append(repr(unit))
+        await session.scalar(select(1))
+        shown.append(repr(unit))
+    shown.append(repr(unit))
+    states = ["no session yet", "no transaction", "in a transaction", "closed"]
+    assert [line.rpartition(": ")[2] for line in shown] == [f"{state}>" for state in states]
+    assert all(line.startswith("<UnitOfWork of AsyncSession (") for line in shown)
 
 
 # What is said of a session that was dropped.
@@ -788,15 +836,16 @@ async def test_dropped_session_warns(worker: Site, act: Act) -> None:
     """A session that is garbage-collected in its transaction warns, and its pool slot comes back."""
     unit = await asyncio.create_task(enter(worker.db))
     await act(unit.session)
-    del unit
+    await asyncio.sleep(0)  # the loop lets go of the task, whose result is the unit
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        del unit
         gc.collect()
-    told = [str(warning.message) for warning in caught if warning.category is ResourceWarning]
+        told = [str(warning.message) for warning in caught if warning.category is ResourceWarning]
+        caught.clear()  # a recorded warning holds the session
+        gc.collect()  # now its connection, of which the driver may say a word too
     ours = "was garbage-collected with its transaction open: leave the unit of work, `async with db():`"
     assert any(ours in message for message in told)
-    caught.clear()  # a recorded warning holds the session
-    gc.collect()
     assert worker.checked_out() == 0
 
 
