@@ -136,7 +136,8 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
         message = f"{name}: no driver of {driver!r} is installed: {remedy if '+' in driver else _DRIVERS}."
         raise ConfigurationError(message) from error
     except Exception as error:
-        if any(value in str(error) for value in (str(parsed), parsed.database, *parsed.query) if value):
+        query = (value for values in parsed.normalized_query.values() for value in values)
+        if any(value in str(error) for value in (str(parsed), parsed.password, *query) if value):
             # a text that quotes the URL may show a password: it is not chained
             message = f"{name}: {driver!r} refuses this URL: check its host, database and query."
             raise ConfigurationError(message) from None
