@@ -50,6 +50,10 @@ demo: venv ## run the quickstart
 .PHONY: check
 check: lint types test ## everything: lint, types, test
 
+.PHONY: bench
+bench: venv ## measure beside hand-written floors, some three minutes (ARGS=--quick, or --docs for the documentation)
+	$(bin)/python -W ignore -m benchmarks $(ARGS)
+
 .PHONY: lint
 lint: venv ## ruff: rules and format
 	$(bin)/ruff check

@@ -1,6 +1,5 @@
 """Who is measured: two floors, one of them twice to show the noise, and this package."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -73,9 +72,7 @@ def by_the_package(name: str, engine: AsyncEngine) -> Contender:
     def install(app: Starlette) -> None:
         app.add_middleware(middleware, custom_engine=engine, commit_on_exit=True)
 
-    return Contender(
-        name=name, engine=engine, db=db, unit=partial(db, commit_on_exit=True), install=install
-    )
+    return Contender(name=name, engine=engine, db=db, unit=partial(db, commit_on_exit=True), install=install)
 
 
 @asynccontextmanager
@@ -89,4 +86,3 @@ async def contenders(url: str | URL) -> AsyncGenerator[tuple[Contender, ...]]:
             engines.push_async_callback(engine.dispose)
             made.append(make(name, engine))
         yield tuple(made)
-        await asyncio.sleep(0)

@@ -1,7 +1,7 @@
 """The floor `lean`: the same promises as `handwritten`, by every shortcut that is known.
 
 No closure per request, no coroutine per message, no work for a request that takes no session, no greenlet
-to close a session without a transaction, COMMIT and close in one.
+to close a session without a transaction, which is every session that has been settled.
 """
 
 from collections.abc import Awaitable, Callable
@@ -9,7 +9,6 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -34,7 +33,10 @@ class Holder:
         assert self.session is not None
         assert self.send is not None
         if self.session.sync_session.in_transaction():
-            await self.session.run_sync(commit_and_close if message["status"] < 400 else close)
+            if message["status"] < 400:
+                await self.session.commit()
+            else:
+                await self.session.rollback()
         await self.send(message)
 
     async def close(self) -> None:
@@ -93,9 +95,10 @@ class Unit:
         session = self.holder.session
         if session is None:
             return
-        if error is None and session.sync_session.in_transaction():
-            await session.run_sync(commit_and_close)
-        else:
+        try:
+            if error is None and session.sync_session.in_transaction():
+                await session.commit()
+        finally:
             await self.holder.close()
 
 
@@ -119,14 +122,3 @@ class Middleware:
             self.current.reset(token)
             if holder.session is not None:
                 await holder.close()
-
-
-def commit_and_close(session: Session) -> None:
-    """Commit; an error closes too."""
-    with session:
-        session.commit()
-
-
-def close(session: Session) -> None:
-    """Roll back what is open."""
-    session.close()

@@ -42,7 +42,7 @@ class Figure:
         return cls(statistics.median(values), values[0], values[-1])
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, eq=False)
 class Row:
     """One line of the table: what was measured, for whom, and what the target was."""
 

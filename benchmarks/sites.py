@@ -41,14 +41,18 @@ class Entry(Base):
 class Gate:
     """Where requests are parked until it opens."""
 
-    event: asyncio.Event = Factory(asyncio.Event)
-    waiting: int = 0
+    opened: asyncio.Event = Factory(asyncio.Event)
+    turnstile: asyncio.Semaphore = Factory(lambda: asyncio.Semaphore(0))
 
     async def wait(self) -> None:
         """Be parked."""
-        self.waiting += 1
-        await self.event.wait()
-        self.waiting -= 1
+        self.turnstile.release()
+        await self.opened.wait()
+
+    async def hold(self, count: int) -> None:
+        """Wait until so many have come since the last time."""
+        for _ in range(count):
+            await self.turnstile.acquire()
 
 
 @frozen(kw_only=True)

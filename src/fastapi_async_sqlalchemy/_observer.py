@@ -16,7 +16,7 @@ from attrs import Factory, define
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from ._session import ObservedSession, Shared
+from ._session import ENDINGS, ObservedSession, Shared
 from .exceptions import UnitClosedError
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Watch(Shared):
                     raise UnitClosedError(self.name) from error
                 raise
             else:
+                if session.uow_closed and name not in ENDINGS:
+                    raise UnitClosedError(self.name)
                 if may_stream and "stream_results" in (kwargs.get("execution_options") or ()):
                     session.uow_streams += (ref(result),)
                 return result

@@ -51,6 +51,10 @@ class Shared:
     """Connections that may be used without calling their session."""
 
 
+ENDINGS: Final = frozenset({"commit", "rollback", "close", "reset", "release"})
+"""The operations that decide a transaction, and so are not cut short."""
+
+
 class ObservedSession(Session):
     """A session that serves one task at a time, and none after its unit's end.
 
@@ -84,6 +88,8 @@ class ObservedSession(Session):
     uow_streams: tuple[ref[Result[Any]], ...] = ()
     uow_settled: Callable[[SessionTransaction, bool | None], None] | None = None
     """Called after a transaction or savepoint: True for committed, False for rolled back, None unknown."""
+    uow_lent: bool = False
+    """The connection was handed out: a task may be in the middle of a statement on it."""
     uow_waiter: asyncio.Future[None] | None = None
     uow_followed: bool = False
 
@@ -102,8 +108,10 @@ class ObservedSession(Session):
 
     def rollback(self) -> None:
         """Roll back."""
-        super().rollback()
-        self.uow_forget()
+        try:
+            super().rollback()
+        finally:
+            self.uow_forget()
 
     def close(self) -> None:
         """Close for good once the unit has ended; before that, begin afresh, as is SQLAlchemy's default."""
@@ -117,6 +125,7 @@ class ObservedSession(Session):
         """Return the connection, and remember that it may be used without calling this session."""
         connection = super().connection(*args, **kwargs)
         self.uow_shared.connections[connection] = ref(self)
+        self.uow_lent = True
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -225,10 +234,13 @@ class ObservedSession(Session):
         """Remember a statement's error, or that COMMIT was cut short."""
         committing, self.uow_committing = self.uow_committing, False
         self.uow_noted = True
-        if context.statement is not None:
+        if context.statement is None and not committing:  # ROLLBACK failed: its transaction may still be open
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        elif context.statement is not None:
             self.uow_failure = context.sqlalchemy_exception or context.original_exception
             self.uow_gone = self.uow_gone or _DEADLOCK in context.original_exception.args[:1]
-        elif committing and context.is_disconnect:
+        elif context.is_disconnect:
             self.uow_unknown = True
             logger.error(
                 "COMMIT on %s was interrupted (%s): its outcome is unknown, no hook runs and the connection "

@@ -9,17 +9,19 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, cast
 
 from attrs import define
-from sqlalchemy.exc import IllegalStateChangeError
+from sqlalchemy.exc import IllegalStateChangeError, SQLAlchemyError
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from ._database import Database, S_co
+from ._session import ENDINGS
 from .exceptions import UnitClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from ._session import ObservedSession
 
@@ -180,6 +182,8 @@ class Lifecycle(Generic[S_co]):
             return
         try:
             if session.in_transaction():
+                if session.uow_lent:
+                    await _interrupt(opened)
                 session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
                 await opened.rollback()
         except Exception:  # whatever it is, the transaction is not committed
@@ -313,16 +317,42 @@ async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:
 async def _take_away(opened: AsyncSession, session: ObservedSession) -> None:
     """End a session under a task that is in the middle of an operation on it.
 
-    The connection is discarded, so that the task's statement fails and no other request inherits it. In
-    the middle of COMMIT or of a checkout SQLAlchemy refuses: then the operation closes the session when
-    it ends. COMMIT is waited for, a checkout holds no connection yet.
+    The connection is discarded, so that the task's statement fails and no other request inherits it; where
+    the driver can interrupt a statement, that is enough. In the middle of COMMIT or of a checkout
+    SQLAlchemy refuses: then the operation closes the session when it ends. COMMIT is waited for, a
+    checkout holds no connection yet.
     """
     session.uow_closed = True
+    if await _interrupt(opened):
+        await session.idle()
+        return
     try:
         await opened.invalidate()
     except IllegalStateChangeError:
-        if session.uow_operation in {"commit", "rollback", "close", "reset", "release"}:
+        if session.uow_operation in ENDINGS:
             await session.idle()
+
+
+async def _interrupt(opened: AsyncSession) -> bool:
+    """Interrupt the statement under way, where the driver can; returns whether it can.
+
+    SQLite's do not go on before their statement ends, and one closed under it keeps the file locked.
+    """
+    driver = await opened.run_sync(_driver_connection)
+    if not hasattr(driver, "interrupt"):
+        return False
+    await driver.interrupt()
+    return True
+
+
+def _driver_connection(session: Session) -> Any:
+    """Return the driver's connection of a session that is in the middle of a statement, else None."""
+    if not session.in_transaction():
+        return None
+    try:
+        return Session.connection(session).connection.driver_connection
+    except SQLAlchemyError:  # in the middle of COMMIT or of a checkout
+        return None
 
 
 def _close_streams(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Cancelling a coroutine at one of its await points, and calling an application in process as a server would."""
+"""Cancelling a coroutine at one of its await points, and calling an application as a server would."""
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Generator

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import Connection, ForeignKey, String, Table, event
+from sqlalchemy import AsyncAdaptedQueuePool, Connection, ForeignKey, String, Table, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -43,9 +43,10 @@ ORPHAN = {"note_id": 404}
 async def engine_with_tables(url: str, **engine_args: Any) -> AsyncGenerator[AsyncEngine]:
     """Make an engine on a database in which the tables are made; it is disposed on exit.
 
-    Pass it as `custom_engine`. On SQLite it enforces foreign keys, so that a COMMIT can fail there too.
+    Pass it as `custom_engine`. On SQLite it enforces foreign keys, so that a COMMIT can fail there too, and
+    has a pool, which older SQLAlchemy gives SQLite files only where it is asked to.
     """
-    engine = create_async_engine(url, **engine_args)
+    engine = create_async_engine(url, **{"poolclass": AsyncAdaptedQueuePool, **engine_args})
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
     try:

@@ -1,4 +1,4 @@
-"""A request or a unit that is cancelled at any of its await points leaves neither a connection nor half a write."""
+"""What is cancelled at any of its await points leaves neither a connection nor half of a write."""
 
 import asyncio
 import gc
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
 from tests.databases import Judge, JudgeFor
 from tests.integration.interruption import Exchange, Interrupted, Moment
+from tests.integration.site import checked_out
 from tests.integration.tables import Note, engine_with_tables
 
 SQLAlchemyMiddleware, db = create_middleware_and_session_proxy()
@@ -251,7 +252,7 @@ class Bench:
         task = asyncio.create_task(self.variant.canceller(work), name=f"attempt {self._attempts}")
         _, hanging = await asyncio.wait({task}, timeout=DEADLINE)
         assert not hanging, f"hangs, cancelled at {at}: {task.get_stack()}"
-        assert engine.pool.checkedout() == 0, f"connection lost, cancelled at {at}"
+        assert checked_out(engine.pool) == 0, f"connection lost, cancelled at {at}"
         cancelled = interrupted[0].cancellations > 0
         if cancelled:
             assert task.cancelled(), f"not cancelled at {at}"
@@ -285,7 +286,7 @@ class Bench:
         assert exchange.status != 200 or (exchange.complete and exchange.body == b"seed")
 
     async def _check_tasks(self, left: set[asyncio.Task[Any]], at: Collection[int]) -> None:
-        """Let nothing go on but SQLAlchemy's closing of a connection, when its own wait for it was cancelled."""
+        """Let nothing go on but the closing of a connection, where SQLAlchemy's wait for it was cancelled."""
         for task in left:
             closing = repr(task.get_coro())
             assert "_terminate_graceful_close" in closing, f"task left, cancelled at {at}"
@@ -354,26 +355,24 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:unclosed database:ResourceWarning"
-)  # aiosqlite's, of a cancelled connect()
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")  # aiosqlite's, a cancelled connect()
 @pytest.mark.parametrize(
     ("variant", "pool"), [*product(VARIANTS, ["warm"]), *product(list(VARIANTS)[:4], ["cold"])]
 )
 @pytest.mark.parametrize("name", JOBS)
 async def test_cancelled_at_every_suspension(
+    *,
     name: str,
     variant: str,
     pool: Literal["cold", "warm"],
     database_url: str,
     judge: Judge,
     caplog: pytest.LogCaptureFixture,
-    record_property: Callable[[str, object], None],
 ) -> None:
     """A task that is cancelled anywhere gives its connection back clean and commits all or nothing."""
     bench = Bench(JOBS[name], judge, caplog, VARIANTS[variant])
     engines = (cold_engines if pool == "cold" else warm_engine)(database_url)
     points = await bench.sweep(engines, warm=pool == "warm")
-    record_property("points", points)
-    print(f"\n{points} points: {variant}, {name}, {pool} {database_url.partition('+')[0]}")
+    server = database_url.partition("+")[0]
+    print(f"{points} points: {variant}, {name}, {pool} {server}")  # noqa: T201  # to quote; pytest -rP shows it
     assert points > 0

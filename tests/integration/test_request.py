@@ -2,10 +2,12 @@
 
 import asyncio
 import functools
+import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
+import fastapi
 import pytest
 from anyio import from_thread
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
@@ -14,14 +16,20 @@ from httpx2 import AsyncClient
 from sqlalchemy import event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi_async_sqlalchemy import MissingSessionError, UnexpectedRollbackError
+from fastapi_async_sqlalchemy import (
+    MissingSessionError,
+    UnexpectedRollbackError,
+    create_middleware_and_session_proxy,
+)
 from tests.integration.site import MakeSite, complaints
 from tests.integration.tables import ORPHAN, Note, Reply
 from tests.serving import asgi_client, raw_get, serve
@@ -552,6 +560,27 @@ async def test_rule_that_fails(make_site: MakeSite, database_url: str) -> None:
     assert await site.notes() == []
 
 
+async def test_starlette_application(make_site: MakeSite, deferring_url: str) -> None:
+    """All of it holds for a Starlette application without FastAPI."""
+    site = await make_site(deferring_url)
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+
+    async def write(request: Request) -> Response:
+        status = int(request.path_params["status"])
+        db.session.add(Reply(**ORPHAN) if status == 202 else Note(text=str(status)))
+        return Response(status_code=status)
+
+    app = Starlette(
+        routes=[Route("/{status}", write)],
+        middleware=[Middleware(cast("Any", middleware), custom_engine=site.engine, commit_on_exit=True)],
+        exception_handlers={IntegrityError: conflict},
+    )
+    async with asgi_client(app) as client:
+        answers = [(await client.get(f"/{status}")).status_code for status in (200, 202, 404)]
+    assert answers == [200, 409, 404]
+    assert await site.notes() == ["200"]
+
+
 # A transaction or a result that user code holds
 
 
@@ -848,6 +877,7 @@ async def test_handler_for_everything_answers_and_the_error_goes_on(
 @around
 @pytest.mark.parametrize("handled", [True, False])
 @pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
 async def test_nothing_of_the_original_response_is_left(
     make_site: MakeSite,
     deferring_url: str,
@@ -884,6 +914,7 @@ async def test_nothing_of_the_original_response_is_left(
     if not inside:
         assert ran == []
     assert await site.notes() == []
+    gc.collect()  # older BaseHTTPMiddlewares leave their streams open when any error passes them
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -1078,7 +1109,17 @@ async def test_error_in_a_savepoint(make_site: MakeSite, database_url: str, fail
 # The tail
 
 
-TAILS = ["background task", "body", "teardown"]
+TAILS = [
+    "background task",
+    "body",
+    pytest.param(
+        "teardown",
+        marks=pytest.mark.skipif(
+            tuple(map(int, fastapi.__version__.split(".")[:2])) < (0, 118),
+            reason="before 0.118 FastAPI's dependencies are torn down before the response starts",
+        ),
+    ),
+]
 """What an application still does after its response has started."""
 
 
@@ -1214,7 +1255,8 @@ async def test_tail_that_fails(make_site: MakeSite, database_url: str, kind: str
         raise DomainError(message)
 
     respond_with_tail(site.app, kind, head, tail)
-    with pytest.raises(DomainError, match="no tail"):
+    error = pytest.RaisesExc(DomainError, match="no tail")
+    with pytest.RaisesGroup(error, allow_unwrapped=True):  # older Starlette groups the errors of a body
         await site.get()
     assert await site.notes() == ["head"]
 

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import pytest
 from attrs import Factory, define
 from fastapi import Depends, FastAPI, Response, WebSocket
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Pool, event, insert, select
+from sqlalchemy import AsyncAdaptedQueuePool, Pool, event, insert, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -728,6 +728,10 @@ async def test_excluded_path(make_site: MakeSite, postgresql_url: str, path: str
 # The lifespan and the engine
 
 
+POOLED = {"poolclass": AsyncAdaptedQueuePool}
+"""Older SQLAlchemy gives SQLite files a pool only where it is asked to."""
+
+
 @define(eq=False)
 class Life:
     """An application whose lifespan uses the database, and fails where it is told to."""
@@ -757,13 +761,13 @@ class Life:
 
         app = FastAPI(lifespan=lifespan)
         if self.owner == "caller":
-            app.add_middleware(middleware, custom_engine=create_async_engine(self.url))
+            app.add_middleware(middleware, custom_engine=create_async_engine(self.url, **POOLED))
         else:
-            app.add_middleware(middleware, db_url=self.url)
+            app.add_middleware(middleware, db_url=self.url, engine_args=POOLED)
 
         @app.get("/")
         async def route() -> int | None:
-            return await db.session.scalar(select(1))
+            return await db.session.scalar(select(literal(1)))
 
         return app, db
 
@@ -786,6 +790,29 @@ async def test_engine_after_a_lifespan_that_failed(database_url: str, owner: str
             pass
     life.check()
     await db.engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("failing", "last"),
+    [("", "shutdown.complete"), ("startup", "startup.failed"), ("shutdown", "shutdown.failed")],
+)
+async def test_engine_is_disposed_before_the_server_hears(database_url: str, failing: str, last: str) -> None:
+    """When the server hears of the lifespan's end, and may stop its loop, the engine is disposed already."""
+    life = Life(database_url, "middleware", failing)
+    app, _ = life.application()
+    heard: dict[str, list[int]] = {}
+
+    async def eavesdrop(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            heard[message["type"].removeprefix("lifespan.")] = [checked_in(pool) for pool in life.pools]
+            await send(message)
+
+        await app(scope, receive, note)
+
+    with pytest.raises(OSError, match=failing) if failing else nullcontext():
+        async with run_lifespan(eavesdrop):
+            pass
+    assert heard[last] == [0] * len(life.pools)
 
 
 @owners
@@ -817,7 +844,7 @@ async def test_application_without_lifespan(database_url: str) -> None:
         await send(START)
         await send(LAST)
 
-    app = middleware(bare, db_url=database_url)
+    app = middleware(bare, db_url=database_url, engine_args=POOLED)
     with pytest.raises(NotImplementedError, match="lifespan"):
         async with run_lifespan(app):
             pass

@@ -1,0 +1,54 @@
+"""The chart of the documentation: what each costs beside `handwritten`, which is the line at 1."""
+
+from collections.abc import Iterator
+
+from benchmarks.contenders import HANDWRITTEN, LEAN, OURS
+from benchmarks.measuring import Row
+
+_SHOWN = {LEAN: "#9aa5b1", OURS: "#2f6fab"}
+_KEYS = frozenset("ABCDEGH")
+_LEFT, _UNIT, _BAR, _GAP, _TOP = 330, 240, 11, 12, 50
+_WIDEST = 1.75
+_SVG = "http://www.w3.org/2000/svg"
+
+
+def chart(rows: list[Row]) -> str:
+    """Draw the bars of the measures on Starlette, and of those without a framework."""
+    shown = [row for row in rows if row.key in _KEYS and row.framework in {"", "Starlette"} and _drawn(row)]
+    step = len(_SHOWN) * _BAR + _GAP
+    width, height = _LEFT + round(_UNIT * _WIDEST) + 60, _TOP + len(shown) * step + 10
+    line = _LEFT + _UNIT
+    return "\n".join(
+        [
+            f'<svg xmlns="{_SVG}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+            "<title>What each measure costs beside a middleware written by hand: less is better</title>",
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+            *_legend(),
+            *(part for at, row in enumerate(shown) for part in _bars(row, _TOP + at * step)),
+            f'<line x1="{line}" x2="{line}" y1="{_TOP - 8}" y2="{height - 10}" stroke="#333333"/>',
+            "</svg>\n",
+        ]
+    )
+
+
+def _drawn(row: Row) -> bool:
+    return row.unit in {"us over bare", "ns", "ratio"} or (row.key, row.unit) == ("G", "us") or row.key == "H"
+
+
+def _legend() -> Iterator[str]:
+    for at, (name, colour) in enumerate(_SHOWN.items()):
+        x = _LEFT + at * 80
+        yield f'<rect x="{x}" y="10" width="{_BAR}" height="{_BAR}" fill="{colour}"/>'
+        yield f'<text x="{x + 16}" y="20">{name}</text>'
+    yield f'<text x="{_LEFT + _UNIT}" y="{_TOP - 14}" text-anchor="middle">{HANDWRITTEN} = 1</text>'
+
+
+def _bars(row: Row, top: int) -> Iterator[str]:
+    what = row.what.replace("`", "")
+    yield f'<text x="{_LEFT - 10}" y="{top + 15}" text-anchor="end">{row.key} {what}</text>'
+    for at, (name, colour) in enumerate(_SHOWN.items()):
+        value = row.figures[name].median / row.figures[HANDWRITTEN].median
+        length = round(_UNIT * max(0.0, min(value, _WIDEST)))
+        y = top + at * _BAR
+        yield f'<rect x="{_LEFT}" y="{y}" width="{length}" height="{_BAR - 1}" fill="{colour}"/>'
+        yield f'<text x="{_LEFT + length + 5}" y="{y + 9}" font-size="10">{value:.2f}</text>'
