@@ -24,7 +24,7 @@ class Plan:
 
 
 FULL = Plan(25, 1)
-QUICK = Plan(9, 0.25)
+QUICK = Plan(7, 0.25)
 
 
 @frozen

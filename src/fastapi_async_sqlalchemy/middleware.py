@@ -15,7 +15,7 @@ from ._context import NoUnit
 from ._database import Database, S_co
 from ._options import async_engine, commit_policy, create_engine, paths, session_class_of
 from ._proxy import SessionProxy, new_database
-from ._unit import Lifecycle, UnitOfWork
+from ._unit import UnitOfWork
 from .exceptions import ConfigurationError, PartialCommitError
 
 if TYPE_CHECKING:
@@ -117,9 +117,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         if scope["type"] != "http" or (self._excluded and scope["path"] in self._excluded):
             await self._without_unit(scope, receive, send)
             return
-        unit = UnitOfWork(self._database)
-        exchange = _Exchange(self._policy, unit, scope, send, scope.get("app"), sys.exception())
-        token = self._current.set(unit)
+        exchange = _Exchange(
+            self._policy, UnitOfWork(self._database), scope, send, scope.get("app"), sys.exception()
+        )
+        outer = self._current.get()
+        self._current.set(exchange.unit)
         try:
             try:
                 await self.app(scope, receive, exchange.send)
@@ -128,13 +130,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
                     raise
             if exchange.failure is not None:  # the application has unwound from its failed commit
                 await exchange.answer(receive)
-            if not unit.finish_idle():
+            if not exchange.unit.finish_idle():
                 await exchange.finish()
         except BaseException:
-            await unit.abandon()
+            await exchange.unit.abandon()
             raise
         finally:
-            self._current.reset(token)
+            self._current.set(outer)
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -172,7 +174,7 @@ class _Exchange:
     """One request's response on its way to the client."""
 
     policy: CommitPolicy
-    unit: Lifecycle[Any]
+    unit: UnitOfWork[Any]
     scope: Scope
     forward: Send
     app: object

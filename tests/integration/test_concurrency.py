@@ -345,6 +345,7 @@ async def test_unit_succeeds_under_a_statement(site: Narrow, where: str) -> None
             unit = asyncio.create_task(exchange.call(site.app) if where == "request" else block(number))
             await leaving.wait()
             assert len(await site.notes()) == number
+            assert exchange.status is None
             assert not unit.done()
         async with asyncio.timeout(DEADLINE):
             await unit
