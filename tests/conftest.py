@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import OperationalError
 
+from fastapi_async_sqlalchemy import db
 from tests.databases import Judge, JudgeFor, find_mariadb, fresh_database
 from tests.databases import postgresql_server as start_postgresql
 
@@ -31,6 +32,13 @@ def mariadb_server() -> URL:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _default_pair() -> Iterator[None]:
+    """The default pair is the process's own: each test finds it without an engine."""
+    yield
+    db.unbind()
 
 
 @pytest.fixture

@@ -41,12 +41,10 @@ class File(Base):
 
 
 @pytest.fixture(autouse=True)
-def _default_pair() -> Iterator[None]:
-    """The default pair is the process's own: it has no engine before a test and none afterwards."""
+def _unbound_pair() -> None:
+    """The default pair has no engine before a test."""
     with pytest.raises(SessionNotInitialisedError, match="the default database has no engine yet"):
         _ = db.engine
-    yield
-    db.unbind()
 
 
 @pytest.fixture
