@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from attrs import frozen
-from sqlalchemy import URL
+from sqlalchemy import URL, AsyncAdaptedQueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from starlette.applications import Starlette
 
@@ -82,7 +82,9 @@ async def contenders(url: str | URL) -> AsyncGenerator[tuple[Contender, ...]]:
     async with AsyncExitStack() as engines:
         made: list[Contender] = []
         for name, make in makers.items():
-            engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0)
+            engine = create_async_engine(
+                url, poolclass=AsyncAdaptedQueuePool, pool_size=POOL_SIZE, max_overflow=0
+            )
             engines.push_async_callback(engine.dispose)
             made.append(make(name, engine))
         yield tuple(made)

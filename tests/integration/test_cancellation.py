@@ -25,6 +25,9 @@ from tests.databases import Judge, JudgeFor
 from tests.integration.interruption import Exchange, Interrupted, Moment
 from tests.integration.site import checked_out
 from tests.integration.tables import Note, engine_with_tables
+from tests.versions import survives_cancellation
+
+pytestmark = survives_cancellation
 
 SQLAlchemyMiddleware, db = create_middleware_and_session_proxy()
 

@@ -19,6 +19,9 @@ from tests.databases import JudgeFor
 from tests.integration.interruption import Exchange, Interrupted, Moment
 from tests.integration.site import checked_out
 from tests.integration.tables import Note, engine_with_tables
+from tests.versions import survives_cancellation
+
+pytestmark = survives_cancellation
 
 REQUESTS = 1000
 AT_ONCE = 50
