@@ -54,7 +54,7 @@ class ThreadGate:
 
     statement = (
         "WITH RECURSIVE wait(going) AS (VALUES (1) UNION ALL SELECT at_gate() FROM wait WHERE going)"
-        " SELECT count(*) FROM wait"
+        " SELECT going FROM wait"  # row by row: the garbage collector must not wait for all to free a cursor
     )
 
     def __init__(self, engine: AsyncEngine) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import anyio
 import pytest
 from attrs import define, frozen
-from sqlalchemy import event, select
+from sqlalchemy import AsyncAdaptedQueuePool, event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -33,6 +33,12 @@ SQLAlchemyMiddleware, db = create_middleware_and_session_proxy()
 
 DEADLINE = 10
 """Seconds after which a step counts as hanging."""
+POOL: dict[str, Any] = {
+    "poolclass": AsyncAdaptedQueuePool,  # older SQLAlchemy pools no SQLite by itself
+    "pool_size": 2,
+    "max_overflow": 0,
+    "pool_timeout": DEADLINE / 2,
+}
 
 
 def number(request: Request) -> int:
@@ -321,7 +327,7 @@ class Bench:
 async def cold_engines(url: str) -> AsyncGenerator[AsyncEngine]:
     """Make a new engine for each attempt, so that connecting is cancelled too."""
     while True:
-        engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=DEADLINE / 2)
+        engine = create_async_engine(url, **POOL)
         try:
             yield engine
         finally:
@@ -330,7 +336,7 @@ async def cold_engines(url: str) -> AsyncGenerator[AsyncEngine]:
 
 async def warm_engine(url: str) -> AsyncGenerator[AsyncEngine]:
     """Use one engine for all attempts."""
-    engine = create_async_engine(url, pool_size=2, max_overflow=0, pool_timeout=DEADLINE / 2)
+    engine = create_async_engine(url, **POOL)
     try:
         while True:
             yield engine

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from attrs import define
 from fastapi import FastAPI
-from sqlalchemy import select, text
+from sqlalchemy import AsyncAdaptedQueuePool, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -19,6 +19,9 @@ from tests.integration.gate import Gate, closed, gate_of, passing
 from tests.integration.interruption import Exchange, Interrupted
 from tests.integration.site import Site
 from tests.integration.tables import Note, engine_with_tables
+from tests.versions import survives_cancellation
+
+pytestmark = survives_cancellation
 
 DEADLINE = 5
 """Seconds after which something hangs; a statement at a closed gate would take a minute."""
@@ -57,7 +60,8 @@ class Narrow(Site):
 async def open_narrow(url: str, judge_for: JudgeFor, **options: Any) -> AsyncGenerator[Narrow]:
     """Make such a site, with a route that writes and reads; nothing of a test may be left on exit."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
-    async with engine_with_tables(url, pool_size=1, max_overflow=0, pool_timeout=DEADLINE) as engine:
+    pool = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": DEADLINE}
+    async with engine_with_tables(url, **pool) as engine:
         judge = await judge_for(url)
         gate = gate_of(engine, judge)
         await engine.dispose()

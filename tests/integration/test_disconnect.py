@@ -16,6 +16,9 @@ from tests.integration.gate import Gate, closed, gate_of, passing
 from tests.integration.site import MakeSite, Site
 from tests.integration.tables import Note
 from tests.serving import Address, raw_get, serve
+from tests.versions import survives_cancellation
+
+pytestmark = survives_cancellation
 
 CLIENTS = 60
 
@@ -87,6 +90,16 @@ async def gated(make_site: MakeSite, url: str) -> AsyncGenerator[Gated]:
         await write("head")
         return StreamingResponse(chunks())
 
+    @site.app.get("/idle")
+    async def idle() -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            await write("tail")
+            yield b"first"
+            await asyncio.Event().wait()
+
+        await write("head")
+        return StreamingResponse(chunks())
+
     @site.app.get("/texts")
     async def texts() -> list[str]:
         return list(await site.db.session.scalars(select(Note.text).order_by(Note.text)))
@@ -117,6 +130,18 @@ async def test_client_leaves_a_stream_in_a_statement(make_site: MakeSite, lockin
             assert await response.status() == 200
             await response.until(b"first")
             await bench.gate.reached()
+            response.cut()
+            await bench.running.none.wait()
+        assert bench.site.checked_out() == 0
+        async with raw_get(address, "/texts") as response:
+            assert (await response.rest()).endswith(b'["head"]')
+
+
+async def test_client_leaves_an_idle_stream(make_site: MakeSite, database_url: str) -> None:
+    """A stream whose client leaves while it has nothing to send loses its tail, though nothing failed."""
+    async with gated(make_site, database_url) as bench, serve(bench.site.app) as address:
+        async with raw_get(address, "/idle") as response:
+            await response.until(b"first")
             response.cut()
             await bench.running.none.wait()
         assert bench.site.checked_out() == 0
