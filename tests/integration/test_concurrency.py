@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 from attrs import define
 from fastapi import FastAPI
-from sqlalchemy import AsyncAdaptedQueuePool, select, text
+from sqlalchemy import AsyncAdaptedQueuePool, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -71,12 +71,13 @@ async def open_narrow(url: str, judge_for: JudgeFor, **options: Any) -> AsyncGen
 
         @app.get("/next")
         async def following() -> str:
-            note = Note(text="next")
-            db.session.add(note)
-            await db.session.flush()
-            (found,) = await db.session.scalars(select(Note.text).where(Note.text == "next"))
-            await db.session.delete(note)
-            return found
+            # MariaDB works on after its client has gone, and holds its locks meanwhile: there it only reads
+            if engine.dialect.name != "mysql":
+                note = Note(text="next")
+                db.session.add(note)
+                await db.session.flush()
+                await db.session.delete(note)
+            return (await db.session.scalars(select(literal("next")))).one()
 
         yield site
         assert site.checked_out() == 0
