@@ -10,7 +10,7 @@ _RELEASE = tuple(int(part) for part in re.findall(r"\d+", _INSTALLED)[:3])
 
 survives_cancellation = pytest.mark.skipif(
     _RELEASE < (2, 0, 58),
-    reason=f"not promised on SQLAlchemy {_INSTALLED}: a plain session loses pooled connections there that are "
+    reason=f"not promised on SQLAlchemy {_INSTALLED}: a plain session loses pooled connections there when "
     "cut off (on MariaDB and SQLite); 2.0.58 is the oldest release on which these tests were seen to pass",
 )
 """For tests that cancel a task, or end a unit, in the middle of a statement."""
