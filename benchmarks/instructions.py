@@ -1,101 +1,118 @@
-"""Instructions a request, by the processor's own counter: hardly any noise, and no word about time.
+"""Instructions a request, counted by Valgrind's Callgrind: they tell small differences that time hides.
 
-The counter is Linux's `perf_event_open`, which needs no program. Where the kernel, a container or a virtual
-machine does not give it, the rows are left out, and the reason is told.
+`python -m benchmarks.instructions URL SHARE FOLDER` runs under it, in a process of its own, and switches the
+counting on for the requests alone. Where Valgrind is not installed, the rows are left out and the reason is
+told.
 """
 
-import ctypes
+import asyncio
+import gc
+import json
 import os
-import platform
-import struct
-from collections.abc import Generator
-from contextlib import contextmanager
-from functools import partial
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from attrs import frozen
+from sqlalchemy import URL, make_url
 
 from benchmarks.contenders import BARE
-from benchmarks.measuring import Plan, Row, in_turn, plain
-from benchmarks.sites import Site, Stand
+from benchmarks.measuring import Figure, Plan, Row
+from benchmarks.sites import Site, stands
 
-ROUNDS = 5
 UNIT = "1,000 instructions"
-_SYSCALL = {"x86_64": 298, "aarch64": 241}
-_HARDWARE, _INSTRUCTIONS, _NO_KERNEL_NO_HYPERVISOR = 0, 1, 0b1100000
-_ATTRIBUTES_SIZE = 64
+TOOLS = {name: shutil.which(name) or "" for name in ("valgrind", "callgrind_control")}
 _KINDS = (
-    ("A", "untouched request", "/untouched", 400),
-    ("B", "session taken, no SQL", "/taken", 200),
-    ("D", "one SELECT on PostgreSQL", "/selected", 100),
-    ("E", "one INSERT and COMMIT on PostgreSQL", "/inserted", 60),
+    ("A", "untouched request", "/untouched", 100),
+    ("B", "session taken, no SQL", "/taken", 50),
+    ("D", "one SELECT on PostgreSQL", "/selected", 40),
+    ("E", "one INSERT and COMMIT on PostgreSQL", "/inserted", 30),
 )
+_TOTAL = re.compile(r"^(?:summary|totals): (\d+)$", re.MULTILINE)
 
 
-@frozen
-class Counter:
-    """Counts what the calling thread does outside the kernel."""
+async def instructions(url: str | URL, plan: Plan) -> list[Row]:
+    """Thousands of instructions of one request on Starlette, the bare application's included.
 
-    descriptor: int
+    Raises FileNotFoundError where Valgrind is not installed.
+    """
+    for name, path in TOOLS.items():
+        if not path:
+            message = f"{name} is not installed"
+            raise FileNotFoundError(message)
+    with TemporaryDirectory() as folder:
+        process = await asyncio.create_subprocess_exec(
+            *(TOOLS["valgrind"], "--quiet", "--tool=callgrind", "--instr-atstart=no"),
+            f"--callgrind-out-file={folder}/counted",
+            *(sys.executable, "-W", "ignore", "-m", "benchmarks.instructions"),
+            make_url(url).render_as_string(hide_password=False),
+            *(str(plan.share), folder),
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+    if process.returncode != 0:
+        message = f"counting instructions ended with {process.returncode}"
+        raise RuntimeError(message)
+    counted: list[dict[str, float]] = json.loads(output)
+    return [
+        Row(
+            key=key,
+            what=what,
+            unit=UNIT,
+            framework="Starlette",
+            figures={name: Figure.of([number]) for name, number in numbers.items()},
+        )
+        for (key, what, *_), numbers in zip(_KINDS, counted, strict=True)
+    ]
 
-    def read(self) -> int:
-        """Return the instructions so far."""
-        return int.from_bytes(os.read(self.descriptor, 8), "little")
+
+async def _count_all(url: str, plan: Plan, folder: Path) -> list[dict[str, float]]:
+    async with stands(url) as (starlette, *_):
+        gc.collect()
+        gc.disable()  # on whom a collection falls is chance
+        counting = await _count(starlette.sites[BARE], "", 0, folder)
+        return [
+            {
+                name: (await _count(site, "/untouched" if name == BARE else path, times, folder) - counting)
+                / (times * 1e3)
+                for name, site in (starlette.sites if key in "AB" else starlette.with_session).items()
+            }
+            for key, _, path, usual in _KINDS
+            for times in [plan.times(usual)]
+        ]
 
 
-@contextmanager
-def counter() -> Generator[Counter]:
-    """Open the counter; raises OSError where there is none."""
-    number = _SYSCALL.get(platform.machine()) if platform.system() == "Linux" else None
-    if number is None:
-        message = f"no counter is known for {platform.system()} on {platform.machine()}"
-        raise OSError(message)
-    attributes = struct.pack(
-        "IIQQQQQ", _HARDWARE, _ATTRIBUTES_SIZE, _INSTRUCTIONS, 0, 0, 0, _NO_KERNEL_NO_HYPERVISOR
-    ).ljust(_ATTRIBUTES_SIZE, b"\0")
-    this_thread, any_processor, no_group, no_flags = 0, -1, -1, 0
-    descriptor = ctypes.CDLL(None, use_errno=True).syscall(
-        number, attributes, this_thread, any_processor, no_group, no_flags
+async def _count(site: Site, path: str, times: int, folder: Path) -> int:
+    """Count the instructions of some requests, and of the counting itself, after as many to warm up."""
+    for _ in range(2 * times):
+        await site.get(path)
+    _control("--instr=on")
+    _control("--zero")
+    for _ in range(times):
+        await site.get(path)
+    _control("--dump")
+    _control("--instr=off")
+    return _dumped(folder)
+
+
+def _dumped(folder: Path) -> int:
+    (dump,) = folder.glob("counted.*")
+    found = _TOTAL.search(dump.read_text())
+    dump.unlink()
+    assert found is not None
+    return int(found[1])
+
+
+def _control(command: str) -> None:
+    subprocess.run(  # noqa: S603  # this very process is told what to count
+        [TOOLS["callgrind_control"], command, str(os.getpid())], check=True, capture_output=True
     )
-    if descriptor < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"perf_event_open: {os.strerror(code)}")
-    try:
-        yield Counter(descriptor)
-    finally:
-        os.close(descriptor)
 
 
-async def instructions(stand: Stand, plan: Plan) -> list[Row]:
-    """Thousands of instructions of one request, the bare application's included."""
-    rows: list[Row] = []
-    with counter() as cpu:
-        for key, what, path, usual in _KINDS:
-            sites = stand.sites if key in "AB" else stand.with_session
-            samples = await in_turn(
-                {
-                    name: partial(
-                        _count, cpu, site, "/untouched" if name == BARE else path, plan.times(usual)
-                    )
-                    for name, site in sites.items()
-                },
-                min(ROUNDS, plan.rounds),
-            )
-            rows.append(
-                Row(
-                    key=key,
-                    what=what,
-                    unit=UNIT,
-                    framework=stand.framework,
-                    figures=plain(samples),
-                )
-            )
-    return rows
-
-
-async def _count(cpu: Counter, site: Site, path: str, times: int) -> float:
-    for _ in range(times):
-        await site.get(path)
-    before = cpu.read()
-    for _ in range(times):
-        await site.get(path)
-    return (cpu.read() - before) / times / 1e3
+if __name__ == "__main__":
+    url, share, folder = sys.argv[1:]
+    print(json.dumps(asyncio.run(_count_all(url, Plan(1, float(share)), Path(folder)))))

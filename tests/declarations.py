@@ -13,7 +13,7 @@ PUBLIC_DUNDERS = {"__init__", "__call__"}
 
 def spelled(node: ast.AST) -> str:
     """Write a node in one spelling: the `_S_co` of a stub is the `S_co` of the sources."""
-    return re.sub(r"\b_(?=S_co\b)", "", ast.unparse(node))
+    return re.sub(r"\b_(?=(?:S_co|F|T)\b)", "", ast.unparse(node))
 
 
 def function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
@@ -59,7 +59,7 @@ def declared(body: Iterable[ast.stmt]) -> Declarations:
                 is_alias = spelled(annotation) == "TypeAlias"
                 found[name] = spelled(value if is_alias and value else annotation)
             case ast.Assign(
-                targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="TypeVar")) as value
+                targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="TypeVar" | "NewType")) as value
             ):
                 found[name.lstrip("_")] = spelled(value)
             case _:

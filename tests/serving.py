@@ -98,10 +98,18 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serve(app: ASGIApp) -> AsyncGenerator[Address]:
-    """Serve the application by uvicorn in the running loop, on a free port of 127.0.0.1, lifespan and all."""
+async def serve(app: ASGIApp, *, patience: int = 30) -> AsyncGenerator[Address]:
+    """Serve the application by uvicorn in the running loop, on a free port of 127.0.0.1, lifespan and all.
+
+    On exit it lets what is under way finish, for so many seconds.
+    """
     config = uvicorn.Config(
-        app, http="h11", ws="websockets-sansio", lifespan="on", log_config=None, timeout_graceful_shutdown=5
+        app,
+        http="h11",
+        ws="websockets-sansio",
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=patience,
     )
     server = _Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -6,32 +6,55 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import NewType, TypeVar
 
 import pytest
 from typing_extensions import TypeVar as TypeVarWithDefault
 
 import fastapi_async_sqlalchemy
+from fastapi_async_sqlalchemy._transaction import TransactionSettings
 
 PACKAGE = "fastapi_async_sqlalchemy"
 ROOMS = (
+    "_pool_status",
     "exceptions",
     "_options",
     "_pool",
+    "_hooks",
+    "_transaction",
+    "_streams",
+    "_statements",
     "_session",
-    "_session",
+    "_ending",
     "_observer",
     "_database",
     "_unit",
+    "_task_units",
     "_context",
+    "_replica",
+    "_transactional",
     "_concurrency",
     "_proxy",
     "middleware",
+    "_atomic",
+    "recovery",
     "testing",
     "__init__",
 )
 DEFAULT_PAIR = {"middleware": {"_default_database", "_default_current", "db"}}
-IMMUTABLE = (str, int, float, tuple, frozenset, re.Pattern, logging.Logger, TypeVar, TypeVarWithDefault)
+IMMUTABLE = (
+    str,
+    int,
+    float,
+    tuple,
+    frozenset,
+    re.Pattern,
+    NewType,
+    logging.Logger,
+    TypeVar,
+    TypeVarWithDefault,
+    TransactionSettings,
+)
 LONGEST_FUNCTION = 45
 LONGEST_MODULE = 420
 
@@ -135,13 +158,18 @@ def test_no_function_assigns_a_global(room: str) -> None:
     assert [node.names for node in ast.walk(TREES[room]) if isinstance(node, ast.Global)] == []
 
 
+def documented(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines of a docstring."""
+    return len((ast.get_docstring(function) or "").splitlines())
+
+
 @every_room
 def test_functions_are_short(room: str) -> None:
-    """A function fits on a screen, and defines no class."""
+    """A function fits on a screen, its docstring aside, and defines no class."""
     functions = [
         node for node in ast.walk(TREES[room]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 - documented(node) for node in functions}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
     inner = [node for function in functions for node in ast.walk(function)]
     assert [node.name for node in inner if isinstance(node, ast.ClassDef)] == []

@@ -12,7 +12,7 @@ from benchmarks.contenders import OURS
 from benchmarks.measuring import Plan
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 async def test_every_measure_gives_a_number(postgresql_url: str, sqlite_url: str) -> None:
     """One round of next to nothing: every letter of the table has a finite number for this package."""
     rows = await measure(postgresql_url, sqlite_url, Plan(rounds=1, share=0.001))

@@ -1,8 +1,10 @@
 """What users of the package of this name have been writing goes on working: its documented programs, run."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -202,6 +204,25 @@ async def test_commit_by_hand(database_url: str, judge_for: JudgeFor) -> None:
     assert await judge.rows("SELECT id FROM ms_files") == [(7,)]
 
 
+async def test_sessions_for_each_task(database_url: str, judge_for: JudgeFor) -> None:
+    """`multi_sessions` with its limits, `db.gather`, `db.connection` and `db.pool_status`."""
+    await make_files(database_url, judge_for)
+    judge = await judge_for(database_url)
+
+    async def write(number: int) -> int:
+        await db.session.execute(insert(File).values(id=number))
+        return number
+
+    async with db.connect(database_url, engine_args={"poolclass": AsyncAdaptedQueuePool}):
+        async with db(multi_sessions=True, commit_on_exit=True, max_concurrent=2, pool_timeout=5):
+            assert await asyncio.gather(*map(write, (1, 2, 3))) == [1, 2, 3]
+            assert await db.gather(*map(write, (4, 5)), max_concurrent=1) == [4, 5]
+        async with db.connection(timeout=5) as session:
+            assert sorted((await session.execute(files.select())).scalars()) == [1, 2, 3, 4, 5]
+            assert db.pool_status()["checked_out"] == 1
+    assert await judge.rows("SELECT count(*) FROM ms_files") == [(5,)]
+
+
 class Mine(AsyncSession):
     """A session class of the user's own."""
 
@@ -283,6 +304,7 @@ def test_every_documented_name_is_there() -> None:
     assert middleware.db is db
     assert exceptions.MissingSessionError is MissingSessionError
     assert exceptions.SessionNotInitialisedError is fastapi_async_sqlalchemy.SessionNotInitialisedError
+    assert fastapi_async_sqlalchemy.__version__ == version("fastapi-async-sqlalchemy")
 
 
 # SQLModel, where it is installed.

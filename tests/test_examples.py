@@ -142,7 +142,7 @@ async def follow(guide: str) -> None:
     """Do what the printed guide says, in its order, and see what it says that one will see."""
     commands = [Curl.parse(line) for line in re.findall(r"^ +(curl .+)$", guide, re.MULTILINE)]
     read, write, fail_at_commit, fail_at_statement = commands
-    async with AsyncClient(base_url=f"http://{read.url.host}:{read.url.port}") as client:
+    async with AsyncClient(base_url=f"http://{read.url.host}:{read.url.port}", timeout=30) as client:
         assert (await client.get("/docs")).status_code == 200
         assert (await read.send(client)).json() == [{"name": name, "balance": 100} for name in NAMES]
         assert (await write.send(client)).status_code == 201

@@ -12,9 +12,16 @@ from fastapi_async_sqlalchemy import (
     ConfigurationError,
     EngineAlreadyBoundError,
     FastAPIAsyncSQLAlchemyError,
+    InDoubtError,
     MissingSessionError,
     PartialCommitError,
+    PoolStatus,
+    PoolTimeoutError,
+    PropagationError,
+    ReadOnlyError,
+    ReplicaLagError,
     SessionNotInitialisedError,
+    TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
     exceptions,
@@ -30,6 +37,9 @@ class Case:
     facts: tuple[str, ...]
     remedy: str
 
+
+SATURATED = PoolStatus(pool_class="AsyncAdaptedQueuePool", capacity=15, checked_out=15)
+"""What a pool says of itself when nothing is left, as far as the message tells it."""
 
 CASES = (
     Case(
@@ -48,22 +58,50 @@ CASES = (
     ),
     Case(UnitClosedError("Primary"), RuntimeError, ("Primary",), "`async with db():`"),
     Case(
-        ConcurrentUseError("task 'holder'", "execute", "task 'intruder'", "flush"),
+        ConcurrentUseError("Primary", "task 'intruder' called flush()", "task 'holder' is at work"),
         RuntimeError,
-        ("task 'holder'", "execute()", "task 'intruder'", "flush()"),
+        ("Primary", "task 'holder' is at work", "task 'intruder' called flush()"),
         "`async with db():` inside the task",
     ),
     Case(
-        UnexpectedRollbackError("a statement in it failed"),
+        UnexpectedRollbackError("Primary", "a statement in it failed"),
         RuntimeError,
-        ("a statement in it failed",),
+        ("Primary", "a statement in it failed"),
         "`async with db.unit.savepoint():`",
+    ),
+    Case(
+        PropagationError("Primary", "no unit of work is open here", "open one around the call"),
+        RuntimeError,
+        ("Primary", "no unit of work is open here"),
+        "open one around the call",
+    ),
+    Case(
+        ReadOnlyError("Primary", 3), RuntimeError, ("Primary", "3 changed objects"), "without read_only=True"
+    ),
+    Case(TransactionBegunError("Primary", "do this"), RuntimeError, ("Primary",), "do this"),
+    Case(
+        PoolTimeoutError("Primary", 2.5, SATURATED, "give engine_args a larger pool_size"),
+        TimeoutError,
+        ("Primary", "within 2.5 seconds", "15 of 15 are checked out"),
+        "a larger pool_size",
+    ),
+    Case(
+        ReplicaLagError("Replica", "0/3000060", "0/3000028", 1.5),
+        TimeoutError,
+        ("Replica", "0/3000028", "not 0/3000060", "within 1.5 seconds"),
+        "fallback=",
     ),
     Case(
         PartialCommitError(["Primary", "Second"], "Third"),
         RuntimeError,
         ("Primary, Second", "Third"),
         "compensating transaction",
+    ),
+    Case(
+        InDoubtError("0123abcd", ["Primary"], ["Second", "Third"]),
+        RuntimeError,
+        ("0123abcd is committed on Primary", "left prepared on Second, Third"),
+        "`python -m fastapi_async_sqlalchemy.recovery`",
     ),
 )
 each_case = pytest.mark.parametrize("case", CASES, ids=[type(case.error).__name__ for case in CASES])
@@ -114,3 +152,28 @@ def test_partial_commit_error_keeps_both_sides() -> None:
     error = PartialCommitError(["Primary", "Second"], "Third")
     assert error.committed == ("Primary", "Second")
     assert error.failed == "Third"
+
+
+def test_in_doubt_error_keeps_both_sides() -> None:
+    """A handler reads whose outcome is known and whose is not; with none committed the message says less."""
+    error = InDoubtError("0123abcd", ["Primary"], ["Second", "Third"])
+    assert error.transaction == "0123abcd"
+    assert error.committed == ("Primary",)
+    assert error.in_doubt == ("Second", "Third")
+    assert "committed on" not in str(InDoubtError("0123abcd", [], ["Primary", "Second"]))
+
+
+@pytest.mark.parametrize("replayed", ["0/3000028", None])
+def test_replica_lag_error_says_how_far_it_is(replayed: str | None) -> None:
+    """A handler reads the position that was waited for, the one reached, and the seconds."""
+    error = ReplicaLagError("Replica", "0/3000060", replayed, 1.5)
+    assert (error.position, error.replayed, error.timeout) == ("0/3000060", replayed, 1.5)
+
+
+@pytest.mark.parametrize(("timeout", "retry_after"), [(0.0, 1), (0.2, 1), (1.0, 1), (2.5, 3), (30, 30)])
+def test_pool_timeout_error_says_when_to_try_again(timeout: float, retry_after: int) -> None:
+    """A handler reads whole seconds for a Retry-After header, never none, and the pool's state."""
+    error = PoolTimeoutError("Primary", timeout, SATURATED, "give engine_args a larger pool_size")
+    assert (error.timeout, error.retry_after) == (timeout, retry_after)
+    assert isinstance(error.retry_after, int)
+    assert error.pool_status["checked_out"] == 15

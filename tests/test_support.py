@@ -147,7 +147,7 @@ async def test_server_that_cannot_start_says_so() -> None:
 async def test_server_starts_and_stops() -> None:
     """A real server runs the lifespan, answers over TCP, and is gone afterwards."""
     log: list[str] = []
-    async with serve(lifespan_app(log)) as address, AsyncClient(base_url=address.url) as client:
+    async with serve(lifespan_app(log)) as address, AsyncClient(base_url=address.url, timeout=30) as client:
         assert (await client.get("/")).json() == "hello"
     assert [line.split()[0] for line in log] == ["startup", "shutdown"]
     with pytest.raises(ConnectionRefusedError):

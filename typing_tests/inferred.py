@@ -1,12 +1,13 @@
 """What type checkers infer: each public name and member is asserted, and no line may be an error."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from asyncio import Task
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Literal, assert_type
+from typing import Annotated, Any, Literal, assert_type
 
-from fastapi import FastAPI
-from sqlalchemy import URL, NullPool, func, select
-from sqlalchemy.engine.interfaces import IsolationLevel
+from fastapi import Depends, FastAPI
+from sqlalchemy import URL, Connection, NullPool, func, select, text
+from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlmodel import Field, SQLModel
@@ -14,10 +15,12 @@ from sqlmodel import select as sqlmodel_select
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 from typing_extensions import TypeVar
 
 from fastapi_async_sqlalchemy import (
+    BeginHook,
     CommitWhen,
     ConcurrentUseError,
     ConfigurationError,
@@ -25,18 +28,33 @@ from fastapi_async_sqlalchemy import (
     EngineArgs,
     FastAPIAsyncSQLAlchemyError,
     Hook,
+    InDoubtError,
+    IsolationLevel,
     MissingSessionError,
     PartialCommitError,
+    PoolStatus,
+    PoolTimeoutError,
+    Propagation,
+    PropagationError,
+    ReadOnlyError,
+    ReplicaLagError,
     SessionArgs,
     SessionNotInitialisedError,
     SessionProxy,
     SQLAlchemyMiddleware,
+    TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitTaskGroup,
+    WalPosition,
+    add_pool_timeout_handler,
+    atomic,
     create_middleware_and_session_proxy,
     db,
+    pgbouncer_engine_args,
 )
+from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -73,6 +91,10 @@ class HeroSession(SQLModelSession):
     """A session class on top of SQLModel's."""
 
 
+class ReplicaSession(AsyncSession):
+    """The session class of the orders' replica."""
+
+
 # One pair for each database; its session class is its type.
 
 OrderMiddleware, orders = create_middleware_and_session_proxy(OrderSession)
@@ -80,6 +102,7 @@ AuditMiddleware, audit = create_middleware_and_session_proxy(session_class=Audit
 HeroMiddleware, heroes = create_middleware_and_session_proxy(HeroSession)
 SQLModelMiddleware, sqlmodel_db = create_middleware_and_session_proxy(SQLModelSession)
 PlainMiddleware, plain = create_middleware_and_session_proxy()
+ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession, read_only=True)
 assert_type(OrderMiddleware, type[SQLAlchemyMiddleware[OrderSession]])
 assert_type(HeroMiddleware, type[SQLAlchemyMiddleware[HeroSession]])
 assert_type(orders, SessionProxy[OrderSession])
@@ -87,9 +110,11 @@ assert_type(audit, SessionProxy[AuditSession])
 assert_type(heroes, SessionProxy[HeroSession])
 assert_type(sqlmodel_db, SessionProxy[SQLModelSession])
 assert_type(plain, SessionProxy[AsyncSession])
+assert_type(ReplicaMiddleware, type[SQLAlchemyMiddleware[ReplicaSession]])
+assert_type(replica, SessionProxy[ReplicaSession])
 assert_type(db, SessionProxy[AsyncSession])
 assert_type(
-    create_middleware_and_session_proxy(None),
+    create_middleware_and_session_proxy(None, read_only=False),
     tuple[type[SQLAlchemyMiddleware[AsyncSession]], SessionProxy[AsyncSession]],
 )
 
@@ -120,9 +145,11 @@ session_args = SessionArgs(
     sync_session_class=Session,
 )
 assert_type(engine_args, EngineArgs)
+assert_type(pgbouncer_engine_args(), EngineArgs)
+behind_pgbouncer: EngineArgs = {**pgbouncer_engine_args(timeout=5), "pool_size": 5}
 assert_type(engine_args.get("pool_timeout", 30.0), float)
 assert_type(engine_args.get("echo"), bool | Literal["debug"] | None)
-assert_type(engine_args.get("isolation_level"), IsolationLevel | None)
+assert_type(engine_args.get("isolation_level"), EngineIsolationLevel | None)
 assert_type(session_args, SessionArgs)
 assert_type(session_args.get("class_"), type[AsyncSession] | None)
 assert_type(session_args.get("expire_on_commit"), bool | None)
@@ -150,6 +177,24 @@ assert_type(hooks, list[Hook])
 assert_type(hooks, list[Callable[[], Awaitable[object] | object]])
 
 
+def on_connection(connection: Connection) -> None:
+    connection.execute(text("SET LOCAL statement_timeout = '1s'"))
+
+
+begin_hooks: list[BeginHook] = [on_connection, lambda connection: connection.info.clear()]
+assert_type(begin_hooks, list[BeginHook])
+assert_type(begin_hooks, list[Callable[[Connection], object]])
+
+
+def settings(propagation: Propagation, level: IsolationLevel) -> None:
+    assert_type(propagation, Propagation)
+    assert_type(propagation, Literal["requires_new", "required", "nested", "mandatory", "never"])
+    assert_type(level, IsolationLevel)
+    assert_type(level, Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+    EngineArgs(isolation_level=level)
+    db(propagation=propagation, isolation_level=level)
+
+
 # Every keyword of the middleware, in FastAPI, in Starlette, in a list of middlewares, and by hand.
 
 app = FastAPI()
@@ -165,6 +210,14 @@ app.add_middleware(OrderMiddleware, db_url=URL.create("sqlite+aiosqlite"), engin
 app.add_middleware(AuditMiddleware, custom_engine=create_async_engine("sqlite+aiosqlite://"))
 app.add_middleware(HeroMiddleware, session_args=session_args, commit_when=even_on_conflict)
 app.add_middleware(PlainMiddleware, commit_when=lambda status, error: status < 300 and error is None)
+app.add_middleware(
+    SQLModelMiddleware,
+    max_concurrent_requests=20,
+    request_queue_timeout=2,
+    pool_warn_threshold=0.8,
+    pool_warn_interval=30.0,
+)
+assert_type(add_pool_timeout_handler(app), None)
 Starlette(middleware=[Middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", exclude_paths={"/health"})])
 by_hand = OrderMiddleware(app, "sqlite+aiosqlite://", None, engine_args, session_args, True)
 assert_type(by_hand, SQLAlchemyMiddleware[OrderSession])
@@ -238,6 +291,253 @@ async def proxies() -> None:
     async with orders(session_args={"expire_on_commit": True}, commit_on_exit=True) as unit:
         assert_type(unit, UnitOfWork[OrderSession])
         assert_type(await charge(unit, "Ada"), Order)
+    report = orders(propagation="required", read_only=True, isolation_level="SERIALIZABLE", deferrable=True)
+    assert_type(report, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+
+
+# A replica: its units stay its own, wherever they are opened.
+
+
+async def replicas(header: str) -> None:
+    position = await orders.commit_position()
+    assert_type(position, WalPosition)
+    assert_type(await orders.commit_position(), WalPosition)
+    text_for_a_cookie: str = position
+    waiting = replica(wait_for=position, timeout=1, fallback=orders)
+    assert_type(waiting, AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    async with replica(
+        wait_for=WalPosition(header or text_for_a_cookie), timeout=None, fallback=None
+    ) as unit:
+        assert_type(unit, UnitOfWork[ReplicaSession])
+        assert_type(unit.session, ReplicaSession)
+    assert_type(replica(wait_for=None), AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    late = ReplicaLagError(database="replica", position=position, replayed=None, timeout=0.5)
+    assert_type(late.position, str)
+    assert_type(late.replayed, str | None)
+    assert_type(late.timeout, float)
+    timeout: TimeoutError = late
+    try:
+        raise timeout
+    except ReplicaLagError as error:
+        assert_type(error, ReplicaLagError)
+
+
+# One outcome for several databases, and what finishes it after a crash.
+
+
+async def both(ledger: SessionProxy[AuditSession]) -> int:
+    assert_type(atomic(orders, ledger), AbstractAsyncContextManager[None, None])
+    databases: list[SessionProxy[AsyncSession]] = [orders, ledger, heroes]
+    assert_type(atomic(*databases), AbstractAsyncContextManager[None, None])
+    async with atomic(orders, ledger) as nothing_:
+        assert_type(nothing_, None)
+        assert_type(ledger.session, AuditSession)
+        return await orders.session.count()
+
+
+async def recovered(engines: list[AsyncEngine]) -> None:
+    found = await recover(*engines, older_than=60, dry_run=True, group=None)
+    assert_type(found, list[Resolved])
+    assert_type(await recover(db.engine, orders.engine), list[Resolved])
+    one = Resolved(name="uow_1", database="postgresql+asyncpg://db1/shop", committed=False)
+    assert_type(one.name, str)
+    assert_type(one.database, str)
+    assert_type(one.committed, bool)
+
+
+def command_lines() -> None:
+    assert_type(main(), None)
+    assert_type(main(arguments=("--dry-run", "env:SHOP", "env:LEDGER")), None)
+
+
+# Many tasks: results keep their types one by one, and sessions that of the database.
+
+
+async def customer_of(number: int) -> str:
+    return (await orders.session.get_one(Order, number)).customer
+
+
+async def exists(number: int) -> bool:
+    return await orders.session.get(Order, number) is not None
+
+
+async def gathered() -> None:
+    """Up to six coroutines give a tuple, a list of coroutines gives a list."""
+    o = orders
+    assert_type(await o.gather(exists(1)), tuple[bool])
+    assert_type(await o.gather(exists(1), customer_of(1)), tuple[bool, str])
+    assert_type(await o.gather(exists(1), customer_of(1), nothing()), tuple[bool, str, None])
+    assert_type(
+        await o.gather(exists(1), customer_of(1), nothing(), place("Ada")), tuple[bool, str, None, Order]
+    )
+    assert_type(
+        await o.gather(exists(1), customer_of(1), nothing(), place("Ada"), count_orders()),
+        tuple[bool, str, None, Order, int],
+    )
+    assert_type(
+        await o.gather(exists(1), customer_of(1), nothing(), place("Ada"), count_orders(), exists(2)),
+        tuple[bool, str, None, Order, int, bool],
+    )
+    assert_type(await o.gather(*[customer_of(number) for number in range(3)]), list[str])
+    assert_type(await o.gather(*(exists(number) for number in range(3)), max_concurrent=2), list[bool])
+    assert_type(
+        await o.gather(
+            exists(1),
+            customer_of(1),
+            return_exceptions=False,
+            max_concurrent=None,
+            commit_on_exit=True,
+            session_args={"autoflush": False},
+        ),
+        tuple[bool, str],
+    )
+    assert_type(await o.gather(o.gather(exists(1)), customer_of(1)), tuple[tuple[bool], str])
+    assert_type(await o.gather(*[o.gather(exists(1), customer_of(1))]), list[tuple[bool, str]])
+    number, text_ = await o.gather(count_orders(), customer_of(1))
+    assert_type(number, int)
+    assert_type(text_, str)
+    await kept_errors(keep=True)
+
+
+async def kept_errors(*, keep: bool) -> None:
+    """Where errors are results, or may be, each result may be one."""
+    o = orders
+    assert_type(await o.gather(exists(1), return_exceptions=True), tuple[bool | BaseException])
+    assert_type(
+        await o.gather(exists(1), customer_of(1), return_exceptions=True),
+        tuple[bool | BaseException, str | BaseException],
+    )
+    assert_type(
+        await o.gather(exists(1), customer_of(1), nothing(), return_exceptions=keep),
+        tuple[bool | BaseException, str | BaseException, BaseException | None],
+    )
+    assert_type(
+        await o.gather(exists(1), customer_of(1), nothing(), place("Ada"), return_exceptions=True),
+        tuple[bool | BaseException, str | BaseException, BaseException | None, Order | BaseException],
+    )
+    assert_type(
+        await o.gather(
+            exists(1), customer_of(1), nothing(), place("Ada"), count_orders(), return_exceptions=True
+        ),
+        tuple[
+            bool | BaseException,
+            str | BaseException,
+            BaseException | None,
+            Order | BaseException,
+            int | BaseException,
+        ],
+    )
+    assert_type(
+        await o.gather(
+            exists(1),
+            customer_of(1),
+            nothing(),
+            place("Ada"),
+            count_orders(),
+            exists(2),
+            return_exceptions=keep,
+        ),
+        tuple[
+            bool | BaseException,
+            str | BaseException,
+            BaseException | None,
+            Order | BaseException,
+            int | BaseException,
+            bool | BaseException,
+        ],
+    )
+    several = [customer_of(number) for number in range(3)]
+    assert_type(await o.gather(*several, return_exceptions=True), list[str | BaseException])
+    assert_type(await o.gather(*several, return_exceptions=keep), list[str | BaseException])
+
+
+async def grouped() -> None:
+    """A group's tasks have the types of their coroutines."""
+    assert_type(orders.task_group(), UnitTaskGroup[OrderSession])
+    group = db.task_group(max_concurrent=10, commit_on_exit=True, session_args={"autoflush": False})
+    assert_type(group, UnitTaskGroup[AsyncSession])
+    async with orders.task_group(max_concurrent=None, commit_on_exit=None, session_args=None) as tasks:
+        assert_type(tasks, UnitTaskGroup[OrderSession])
+        assert_type(tasks.create_task(customer_of(1)), Task[str])
+        assert_type(tasks.create_task(nothing(), name="nothing"), Task[None])
+    groups: list[UnitTaskGroup[AsyncSession]] = [db.task_group(), orders.task_group()]
+    assert_type(groups[0], UnitTaskGroup[AsyncSession])
+
+
+async def connected() -> None:
+    """A connection is a session of the database's own class."""
+    assert_type(orders.connection(), AbstractAsyncContextManager[OrderSession, None])
+    async with orders.connection(timeout=1, commit_on_exit=True) as session:
+        assert_type(session, OrderSession)
+    async with db.connection(timeout=0.5) as plain_session:
+        assert_type(plain_session, AsyncSession)
+    async with orders(multi_sessions=True, max_concurrent=3, pool_timeout=0.5, commit_on_exit=True) as unit:
+        assert_type(unit, UnitOfWork[OrderSession])
+
+
+async def pools() -> None:
+    """A pool's state is an object and a mapping."""
+    status = orders.pool_status()
+    assert_type(status, PoolStatus)
+    assert_type(status.pool_class, str)
+    assert_type(status.size, int | None)
+    assert_type(status.max_overflow, int | None)
+    assert_type(status.capacity, int | None)
+    assert_type(status.checked_in, int | None)
+    assert_type(status.checked_out, int | None)
+    assert_type(status.available, int | None)
+    assert_type(status.saturation, float | None)
+    assert_type(status["saturation"], str | int | float | None)
+    assert_type(dict(status), dict[str, str | int | float | None])
+    served: Mapping[str, str | int | float | None] = PoolStatus(pool_class="NullPool", size=5, saturation=0.2)
+    assert_type(len(served), int)
+
+
+# Functions in a unit of work keep their own type.
+
+
+@orders.transactional
+async def place(customer: str, *, urgent: bool = False) -> Order:
+    return await charge(orders.unit, customer if urgent else customer.lower())
+
+
+@db.transactional(propagation="never", isolation_level="SERIALIZABLE", retries=3)
+async def count_orders() -> int:
+    return len((await db.session.scalars(select(Order))).all())
+
+
+@db.transactional()
+async def nothing() -> None: ...
+
+
+class OrderService:
+    """A method keeps its type too."""
+
+    @orders.transactional(read_only=True, deferrable=False)
+    async def find(self, number: int) -> Order | None:
+        return await orders.session.get(Order, number)
+
+
+async def transactional_functions() -> None:
+    assert_type(await place("Ada", urgent=True), Order)
+    assert_type(await count_orders(), int)
+    assert_type(await OrderService().find(1), Order | None)
+    assert_type(await orders.transactional(charge)(orders.unit, "Ada"), Order)
+    nothing_again: Callable[[], Awaitable[None]] = db.transactional(retries=1)(nothing)
+    await nothing_again()
+
+
+# FastAPI's dependency: the session by its own type.
+
+
+@app.get("/orders/count")
+async def serve_count(session: Annotated[OrderSession, Depends(orders.dependency)]) -> int:
+    return await session.count()
+
+
+async def dependencies(connection: HTTPConnection) -> None:
+    assert_type(await orders.dependency(connection), OrderSession)
+    assert_type(await db.dependency(connection), AsyncSession)
 
 
 async def returns_from_within() -> int:
@@ -263,6 +563,9 @@ async def units() -> None:
     assert_type(unit.on_commit(by_function), None)
     assert_type(unit.on_rollback(by_coroutine_function), None)
     unit.on_commit(hook=unit.info.clear)
+    assert_type(unit.before_commit(by_coroutine_function), None)
+    assert_type(unit.on_begin(on_connection), None)
+    assert_type(unit.set_rollback_only(), None)
 
 
 # What the session returns is what SQLAlchemy and SQLModel say.
@@ -290,13 +593,28 @@ def errors() -> None:
     assert_type(partial.__cause__, BaseException | None)
     every: list[FastAPIAsyncSQLAlchemyError] = [partial, ConfigurationError("what, and the remedy")]
     assert_type(every[0], FastAPIAsyncSQLAlchemyError)
-    concurrent = ConcurrentUseError(holder="a", operation="flush", intruder="b", attempted="commit")
-    unexpected = UnexpectedRollbackError(reason="a statement failed")
+    concurrent = ConcurrentUseError(database="a", attempt="b called commit()", busy="c is at work")
+    unexpected = UnexpectedRollbackError(database="a", reason="a statement failed")
+    late = PoolTimeoutError("orders", 0.5, db.pool_status(), remedy="wait")
+    assert_type(late.timeout, float)
+    assert_type(late.retry_after, int)
+    assert_type(late.pool_status, PoolStatus)
+    timeout: TimeoutError = late
+    in_doubt = InDoubtError("0123", committed=["orders"], in_doubt=["audit"])
+    assert_type(in_doubt.transaction, str)
+    assert_type(in_doubt.committed, tuple[str, ...])
+    assert_type(in_doubt.in_doubt, tuple[str, ...])
+    refused: list[RuntimeError] = [
+        PropagationError(database="orders", reason="a conflict", remedy="join nothing"),
+        ReadOnlyError(database="orders", objects=1),
+        TransactionBegunError(database="orders", remedy="commit first"),
+        in_doubt,
+    ]
     lookup: LookupError = MissingSessionError(database="orders", place="here", remedy="open one")
     value: ValueError = EngineAlreadyBoundError(database="orders")
     runtime: list[RuntimeError] = [partial, concurrent, unexpected, UnitClosedError(database="orders")]
     try:
-        raise lookup or value or runtime[0]
+        raise lookup or value or timeout or runtime[0] or refused[0]
     except MissingSessionError as error:
         assert_type(error, MissingSessionError)
     except EngineAlreadyBoundError as error:
@@ -309,5 +627,10 @@ def errors() -> None:
         assert_type(error, ConcurrentUseError)
     except UnexpectedRollbackError as error:
         assert_type(error, UnexpectedRollbackError)
-    except PartialCommitError as error:
-        assert_type(error, PartialCommitError)
+    except PoolTimeoutError as error:
+        assert_type(error, PoolTimeoutError)
+    except (PropagationError, ReadOnlyError, TransactionBegunError) as error:
+        assert_type(error, PropagationError | ReadOnlyError | TransactionBegunError)
+    except (PartialCommitError, InDoubtError) as error:
+        assert_type(error, PartialCommitError | InDoubtError)
+        assert_type(error.committed, tuple[str, ...])

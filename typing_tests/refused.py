@@ -11,7 +11,12 @@ from inferred import (
     by_coroutine_function,
     by_function,
     charge,
+    customer_of,
+    exists,
+    on_connection,
     orders,
+    place,
+    replica,
 )
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import Engine
@@ -21,24 +26,40 @@ from starlette.middleware import Middleware
 from starlette.types import Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
+    BeginHook,
     CommitWhen,
     ConcurrentUseError,
     ConfigurationError,
     EngineAlreadyBoundError,
     EngineArgs,
     Hook,
+    InDoubtError,
+    IsolationLevel,
     MissingSessionError,
     PartialCommitError,
+    PoolStatus,
+    PoolTimeoutError,
+    Propagation,
+    PropagationError,
+    ReadOnlyError,
+    ReplicaLagError,
     SessionArgs,
     SessionNotInitialisedError,
     SessionProxy,
     SQLAlchemyMiddleware,
+    TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitTaskGroup,
+    WalPosition,
+    add_pool_timeout_handler,
+    atomic,
     create_middleware_and_session_proxy,
     db,
+    pgbouncer_engine_args,
 )
+from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
 sync_engine: Engine = create_engine("sqlite://")
 
@@ -49,6 +70,10 @@ async def always(status: int, error: BaseException | None) -> bool:
 
 def without_error(status: int) -> bool:
     return status < 400
+
+
+def on_session(session: Session) -> None:
+    session.flush()
 
 
 def with_argument(number: int) -> None:
@@ -70,9 +95,17 @@ app.add_middleware(SQLAlchemyMiddleware, exclude_paths=[1])  # type: ignore[list
 app.add_middleware(SQLAlchemyMiddleware, commit_when=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(SQLAlchemyMiddleware, commit_when=always)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(SQLAlchemyMiddleware, commit_when=without_error)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, max_concurrent_requests=2.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, max_concurrent_requests="20")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, request_queue_timeout="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, pool_warn_threshold="80%")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, pool_warn_interval="30")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, pool_warn_interval=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(OrderMiddleware, db_url="x", engine_args=EngineArgs(pool_sise=1))  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportCallIssue]
 app.add_middleware(orders)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 Middleware(OrderMiddleware, db_ulr="x")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue]
+add_pool_timeout_handler(app=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+add_pool_timeout_handler(OrderMiddleware)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SQLAlchemyMiddleware(app=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SQLAlchemyMiddleware(db_url="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 SQLAlchemyMiddleware(app, "x", exlude_paths=[])  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -91,7 +124,9 @@ async def by_hand(scope: Scope, receive: Receive, send: Send) -> None:
 create_middleware_and_session_proxy(session_class=int)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(session_class=Session)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(session_class=AuditSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-create_middleware_and_session_proxy(AuditSession, "audit")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+create_middleware_and_session_proxy(AuditSession, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+create_middleware_and_session_proxy(AuditSession, read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 narrower: SessionProxy[OrderSession] = db  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 no_session: SessionProxy[int]  # type: ignore[type-var]  # pyright: ignore[reportInvalidTypeArguments]
@@ -116,6 +151,17 @@ async def proxies() -> None:
     db(session_args={"autoflsh": False})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(session_args={"autoflush": "no"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(propagation="reqired")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(propagation=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(isolation_level="serializable")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(multi_sessions="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(max_concurrent="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(max_concurrent=2.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(None, True, "required")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     db(commit_on_exitt=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     db.connect()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     db.connect(url=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -138,6 +184,167 @@ async def proxies() -> None:
         pass
     async with db.connect("x") as unit:
         unit.commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+# A replica: a position is no text of any kind, and a fallback is a proxy.
+
+
+async def replicas(position: WalPosition) -> None:
+    db(wait_for="0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(wait_for=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(wait_for=orders.commit_position())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(wait_for=position, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(wait_for=position, fallback=orders.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(wait_for=position, fallback="primary")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    replica(wait_fr=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    orders.connection(wait_for=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    orders.transactional(wait_for=position)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    orders.commit_position()  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    await orders.commit_position(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    async with replica(wait_for=position, fallback=orders) as unit:
+        await charge(unit, "Ada")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+WalPosition(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReplicaLagError(database=5, position="0/1", replayed=None, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReplicaLagError(database="replica", position=5, replayed=None, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReplicaLagError(database="replica", position="0/1", replayed=5, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReplicaLagError(database="replica", position="0/1", replayed=None, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+pgbouncer_engine_args({"timeout": 5})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+# One outcome for several databases.
+
+
+async def both() -> None:
+    atomic(orders, OrderMiddleware)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    atomic(orders.engine, audit.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    atomic([orders, audit])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    atomic(orders(), audit())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    atomic(databases=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with atomic(orders, audit):  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+    async with atomic(orders, audit) as unit:
+        unit.session  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    recover(db.engine)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    await recover("postgresql+asyncpg://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, older_than="60")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, older_than=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, group=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, 60.0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    [found] = await recover(db.engine)
+    found.committed = True  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+main(arguments=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+main(arguments=[5])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+Resolved(name=5, database="shop", committed=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Resolved(name="uow_1", database=5, committed=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Resolved(name="uow_1", database="shop", committed="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+InDoubtError(transaction=5, committed=["orders"], in_doubt=["audit"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+InDoubtError(transaction="0123", committed=5, in_doubt=["audit"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+InDoubtError(transaction="0123", committed=["orders"], in_doubt=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+InDoubtError("0123", ["orders"], ["audit"]).in_doubt.append("x")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+# Functions in a unit of work.
+
+
+def no_coroutine_function() -> int:
+    return 1
+
+
+db.transactional(no_coroutine_function)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
+db.transactional(function=by_coroutine_function)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+db.transactional(by_coroutine_function, retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional("required")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+db.transactional(propagation="reqired")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(read_only="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(isolation_level="AUTOCOMMIT")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(deferrable="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(retries="3")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(retries=1.5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+db.transactional(retrys=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+db.transactional(retries=3)(no_coroutine_function)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+
+
+async def transactional_functions() -> None:
+    await place(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await place("Ada", urgent="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    place("Ada")  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    (await place("Ada")).upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    await db.dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.pool_status(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+# Many tasks.
+
+other_group: UnitTaskGroup[AuditSession] = orders.task_group()  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+
+
+async def tasks(group: UnitTaskGroup[OrderSession]) -> None:
+    await db.gather(1, 2)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(customer_of)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather([customer_of(1)])  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(coroutine1=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), coroutine2=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), exists(1), coroutine3=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), exists(1), exists(1), coroutine4=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), exists(1), exists(1), exists(1), coroutine5=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), exists(1), exists(1), exists(1), exists(1), coroutine6=exists(1))  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    await db.gather(exists(1), return_exceptions="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), max_concurrent="2")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), max_concurrent=2.5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), commit_on_exit="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), session_args=5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), session_args={"autoflsh": False})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await db.gather(exists(1), limit=2)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    db.gather(exists(1), customer_of(1))  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    with_argument(await db.gather(exists(1), customer_of(1)))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with_argument((await db.gather(exists(1), customer_of(1)))[1])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    (await db.gather(exists(1), customer_of(1), return_exceptions=True))[1].upper()  # type: ignore[union-attr]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    (await db.gather(*[exists(1)]))[0].upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    db.task_group(max_concurrent="2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.task_group(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.task_group(session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.task_group(2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    group.create_task(coroutine=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    group.create_task(coroutine=customer_of)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    group.create_task(exists(1), name=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    group.create_task(exists(1), "name")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    (await group.create_task(exists(1))).upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    await group.__aexit__(kind=5, error=None, trace=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await group.__aexit__(kind=None, error=5, trace=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await group.__aexit__(kind=None, error=None, trace=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connection(timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connection(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connection(1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    async with db.connection() as session:
+        await session.count()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    with db.task_group():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+    with db.connection():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+
+
+# The pool's state.
+
+status = PoolStatus(pool_class="QueuePool")
+PoolStatus("QueuePool")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+PoolStatus(pool_class=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", size="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", max_overflow="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", capacity="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", checked_in="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", checked_out="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", available="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolStatus(pool_class="QueuePool", saturation="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+status.size = 5  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+status["size"] = 5  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+status.__getitem__(name=5)  # type: ignore[call-arg]  # pyright: ignore[reportArgumentType]
 
 
 # The unit of work.
@@ -163,6 +370,11 @@ async def units(unit: UnitOfWork[OrderSession]) -> None:
     unit.on_rollback(hook="notify")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     unit.on_rollback(hook=by_function())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     unit.on_rollback(by_function, by_function)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    unit.before_commit(hook=with_argument)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    unit.before_commit(hook=by_coroutine_function())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    unit.on_begin(hook=by_function)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    unit.on_begin(hook=on_session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    unit.set_rollback_only(True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     (await unit.session.scalars(select(Order.id))).one().upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
@@ -171,6 +383,10 @@ async def units(unit: UnitOfWork[OrderSession]) -> None:
 rule: CommitWhen = always  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 looser: CommitWhen = without_error  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 hook: Hook = with_argument  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+begin_hook: BeginHook = by_function  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+level: IsolationLevel = "AUTOCOMMIT"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+joining: Propagation = "supports"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+on_connection(db.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 hooked: Hook = 3  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
 
@@ -184,11 +400,25 @@ MissingSessionError(database=5, place="here", remedy="open one")  # type: ignore
 MissingSessionError(database="orders", place=5, remedy="open one")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 MissingSessionError(database="orders", place="here", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 UnitClosedError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-ConcurrentUseError(holder=5, operation="flush", intruder="b", attempted="commit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-ConcurrentUseError(holder="a", operation=5, intruder="b", attempted="commit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-ConcurrentUseError(holder="a", operation="flush", intruder=5, attempted="commit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-ConcurrentUseError(holder="a", operation="flush", intruder="b", attempted=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-UnexpectedRollbackError(reason=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ConcurrentUseError(database=5, attempt="b", busy="c")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ConcurrentUseError(database="a", attempt=5, busy="c")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ConcurrentUseError(database="a", attempt="b", busy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnexpectedRollbackError(database=5, reason="b")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnexpectedRollbackError(database="shop", reason="x", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnitClosedError(database="shop", opening=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnexpectedRollbackError(database="a", reason=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PropagationError(database=5, reason="a conflict", remedy="join nothing")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PropagationError(database="orders", reason=5, remedy="join nothing")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PropagationError(database="orders", reason="a conflict", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReadOnlyError(database=5, objects=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ReadOnlyError(database="orders", objects="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+TransactionBegunError(database=5, remedy="commit first")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+TransactionBegunError(database="orders", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+TransactionBegunError(database="orders")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+PoolTimeoutError(database=5, timeout=0.5, pool_status=status, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolTimeoutError(database="orders", timeout="0.5", pool_status=status, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolTimeoutError(database="orders", timeout=0.5, pool_status=5, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolTimeoutError(database="orders", timeout=0.5, pool_status=status, remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=5, failed="audit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=["orders"], failed=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(["orders"], "audit").committed.append("x")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

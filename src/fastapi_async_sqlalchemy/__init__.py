@@ -1,22 +1,41 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
-from ._options import CommitWhen, EngineArgs, SessionArgs
+from ._atomic import atomic
+from ._concurrency import UnitTaskGroup
+from ._hooks import BeginHook, Hook
+from ._options import CommitWhen, EngineArgs, IsolationLevel, Propagation, SessionArgs, pgbouncer_engine_args
+from ._pool_status import PoolStatus
 from ._proxy import SessionProxy
-from ._unit import Hook, UnitOfWork
+from ._replica import WalPosition
+from ._unit import UnitOfWork
 from .exceptions import (
     ConcurrentUseError,
     ConfigurationError,
     EngineAlreadyBoundError,
     FastAPIAsyncSQLAlchemyError,
+    InDoubtError,
     MissingSessionError,
     PartialCommitError,
+    PoolTimeoutError,
+    PropagationError,
+    ReadOnlyError,
+    ReplicaLagError,
     SessionNotInitialisedError,
+    TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
 )
-from .middleware import SQLAlchemyMiddleware, create_middleware_and_session_proxy, db
+from .middleware import (
+    SQLAlchemyMiddleware,
+    add_pool_timeout_handler,
+    create_middleware_and_session_proxy,
+    db,
+)
+
+__version__: str = "1.0.0.dev0"
 
 __all__ = [
+    "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
     "ConfigurationError",
@@ -24,15 +43,29 @@ __all__ = [
     "EngineArgs",
     "FastAPIAsyncSQLAlchemyError",
     "Hook",
+    "InDoubtError",
+    "IsolationLevel",
     "MissingSessionError",
     "PartialCommitError",
+    "PoolStatus",
+    "PoolTimeoutError",
+    "Propagation",
+    "PropagationError",
+    "ReadOnlyError",
+    "ReplicaLagError",
     "SQLAlchemyMiddleware",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",
+    "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
     "UnitOfWork",
+    "UnitTaskGroup",
+    "WalPosition",
+    "add_pool_timeout_handler",
+    "atomic",
     "create_middleware_and_session_proxy",
     "db",
+    "pgbouncer_engine_args",
 ]

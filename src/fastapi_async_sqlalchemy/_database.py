@@ -7,17 +7,20 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from attrs import Factory, define
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
 from ._observer import Watch
-from ._options import session_arguments
+from ._options import place_of, session_arguments
+from ._transaction import PLAIN, engine_for, refuse_flush
 from .exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ._pool import Limits
+    from ._transaction import TransactionSettings
 
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -30,10 +33,16 @@ class Database(Generic[S_co]):
     """
 
     _declared: type[S_co] | None
+    settings: TransactionSettings = PLAIN
+    """What the transactions of its units have where nothing else is asked."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     _session_args: dict[str, Any] = Factory(dict[str, Any])
     _make: Callable[[], S_co] | None = None
+    _variants: dict[TransactionSettings, Callable[[], S_co]] = Factory(
+        dict["TransactionSettings", "Callable[[], S_co]"]
+    )
+    """What makes sessions whose transactions have other settings, made when first asked for."""
     _watch: Watch = Factory(lambda self: Watch(self._label()), takes_self=True)
 
     def __repr__(self) -> str:
@@ -65,8 +74,9 @@ class Database(Generic[S_co]):
         if self._live and engine is not self._engine:
             raise EngineAlreadyBoundError(self.name)
         arguments = session_arguments(session_args)
-        self._make = self._maker(engine, arguments)
+        self._make = self._maker(engine, arguments, self.settings)
         self._engine, self._live, self._session_args = engine, True, arguments
+        self._variants.clear()
         self._watch.name = self._label()
         self._watch.listen(engine.sync_engine)
 
@@ -80,6 +90,7 @@ class Database(Generic[S_co]):
     def unbind(self) -> None:
         """Forget the engine."""
         self._engine, self._live, self._make = None, False, None
+        self._variants.clear()
         self._watch.name = self._label()
 
     def new_session(self) -> S_co:
@@ -88,15 +99,29 @@ class Database(Generic[S_co]):
             raise SessionNotInitialisedError(self.name)
         return self._make()
 
-    def maker(self, session_args: object) -> Callable[[], S_co]:
-        """Return what makes sessions with arguments added to the database's own."""
-        return self._maker(self.engine, self._session_args | session_arguments(session_args))
+    def maker(
+        self, session_args: object, settings: TransactionSettings, engine: AsyncEngine | None = None
+    ) -> Callable[[], S_co]:
+        """Return what makes sessions with arguments added to the database's own, and with settings.
+
+        On another engine than its own, if one is given.
+        """
+        if session_args is None and engine is None:
+            if settings not in self._variants:
+                self._variants[settings] = self._maker(self.engine, self._session_args, settings)
+            return self._variants[settings]
+        if engine is not None:
+            self._watch.listen(engine.sync_engine)
+        arguments = self._session_args | session_arguments(session_args)
+        return self._maker(engine or self.engine, arguments, settings)
 
     def check(self, engine: AsyncEngine, session_args: object) -> None:
         """Raise ``ConfigurationError`` for what ``bind()`` would refuse."""
-        self._maker(engine, session_arguments(session_args))
+        self._maker(engine, session_arguments(session_args), self.settings)
 
-    def _maker(self, engine: AsyncEngine, arguments: dict[str, Any]) -> Callable[[], S_co]:
+    def _maker(
+        self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
+    ) -> Callable[[], S_co]:
         """Return what makes a session, tried once so that a wrong argument shows now."""
         keywords: dict[str, Any] = {"expire_on_commit": False, **arguments, "close_resets_only": False}
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
@@ -106,21 +131,63 @@ class Database(Generic[S_co]):
         binds: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
         for bind in binds.values():
             self._watch.listen((bind.engine if isinstance(bind, AsyncConnection) else bind).sync_engine)
-        make = functools.partial(class_, engine, **keywords)
+        if settings.twophase:
+            keywords["twophase"] = True
+            if binds:
+                message = (
+                    "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
+                )
+                raise ConfigurationError(message)
+        if settings.read_only and keywords.get("twophase") and engine.dialect.name != "postgresql":
+            message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
+            raise ConfigurationError(message)
+        if settings is not PLAIN:
+            engine = engine_for(engine, settings, self._watch.xid)
+            keywords["binds"] = {
+                key: engine_for(_engine(bind), settings, self._watch.xid) for key, bind in binds.items()
+            }
+        make = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
         try:
             make()
         except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
             message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
             raise ConfigurationError(message) from error
-        return cast("Callable[[], S_co]", make)
+        return functools.partial(self._read_only, make) if settings.read_only else make
+
+    def _read_only(self, make: Callable[[], S_co]) -> S_co:
+        session = make()
+        refuse_flush(self.name, session.sync_session)
+        return session
 
     def _label(self) -> str:
         kind = self._declared.__name__ if self._declared is not None else "the default database"
         if self._engine is None:
             return kind
-        url = self._engine.url
-        place = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
-        return f"{kind} ({place})"
+        return f"{kind} ({place_of(self._engine.url)})"
+
+
+@define(eq=False, repr=False)
+class Terms(Generic[S_co]):
+    """How units of work are opened: what all share that are opened alike. Nobody changes it."""
+
+    database: Database[S_co]
+    settings: TransactionSettings
+    make: Callable[[], S_co] | None = None
+    """What makes their sessions, if not the database's own maker of the moment."""
+    limits: Limits | None = None
+    commit_on_exit: bool = False
+    """What their ends do, and the units of their child tasks, unless they are told otherwise."""
+
+
+def _engine(bind: AsyncEngine | AsyncConnection) -> AsyncEngine:
+    """Return an engine of ``binds``; a connection is the caller's, and has begun as it has."""
+    if isinstance(bind, AsyncConnection):
+        message = (
+            "session_args['binds'] holds a connection, whose transactions are its owner's: give an engine, "
+            "or leave read_only, isolation_level and deferrable out."
+        )
+        raise ConfigurationError(message)
+    return bind
 
 
 def default_session_class() -> type[AsyncSession]:

@@ -10,31 +10,41 @@ import asyncio
 import functools
 from asyncio import current_task
 from typing import TYPE_CHECKING, Any, Final
-from weakref import ref
+from weakref import WeakSet
 
 from attrs import Factory, define
 from sqlalchemy import event
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import EMPTY_DICT
 
+from ._ending import let_go
+from ._pool import pool_status, remedy_for
 from ._session import ENDINGS, ObservedSession, Shared
-from .exceptions import UnitClosedError
+from ._streams import stream_of
+from .exceptions import PoolTimeoutError, UnitClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext
+    from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext, Result
+    from sqlalchemy.engine.interfaces import DBAPICursor
 
 _EXCLUSIVE: Final = (
-    *("execute", "exec", "scalar", "scalars", "get", "get_one", "refresh", "merge", "merge_all", "delete"),
+    *("exec", "scalar", "scalars", "get", "get_one", "refresh", "merge", "merge_all", "delete"),
     *("delete_all", "commit", "prepare", "connection", "begin", "begin_nested", "release"),
     *("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
+_EXECUTE: Final = ("execute",)
 _CLEANUP: Final = ("rollback", "close", "reset", "invalidate")
+_GIVES_UP: Final = frozenset({*_CLEANUP, "release"})
+"""The operations over which a stream may be left unread."""
 _FLUSH: Final = ("flush",)
 _IN_MEMORY: Final = ("add", "add_all")
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Watch(Shared):
     """Tells the statements and errors of one database's connections to the sessions that send them."""
 
@@ -44,12 +54,17 @@ class Watch(Shared):
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
     classes: dict[type[Session], type[ObservedSession]] = Factory(dict[type[Session], type[ObservedSession]])
 
+    engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    unbuffered: bool = False
+    """There are streams that another statement would cut short."""
+
     def session_class(self, base: type[Session]) -> type[ObservedSession]:
         """Return the observed subclass of a ``sync_session_class``."""
         if base not in self.classes:
             members = {"uow_shared": self, "__module__": base.__module__, "__doc__": base.__doc__}
             combined: Any = type(f"Observed{base.__name__}", (ObservedSession, base), members)
             guards = {
+                _EXECUTE: self._execute,
                 _EXCLUSIVE: self._exclusive,
                 _CLEANUP: self._cleanup,
                 _FLUSH: self._flush,
@@ -64,49 +79,133 @@ class Watch(Shared):
 
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; doing so twice is once to SQLAlchemy."""
+        self.engines.add(engine)
         event.listen(engine, "do_execute", self._do_execute)
         event.listen(engine, "do_executemany", self._do_execute)
         event.listen(engine, "do_execute_no_params", self._do_execute_no_params)
         event.listen(engine, "handle_error", self._handle_error)
 
+    def xid(self) -> str:
+        """Name the two-phase transaction that the session at work is beginning."""
+        session = self.operating.get(_current_task())
+        return "" if session is None else session.uow_xid
+
     def _exclusive(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Let one task at a time into an operation that waits for the database."""
         name = method.__name__
-        may_stream = name == "execute"
-        operating = self.operating
 
         @functools.wraps(method)
         def operation(session: ObservedSession, *args: Any, **kwargs: Any) -> Any:
             task = _current_task()
             if (session.uow_holder is not None or session.uow_closed) and session.uow_reenter(task, name):
                 return method(session, *args, **kwargs)
-            session.uow_holder = task
-            session.uow_operation = name
-            outer = operating.get(task)
-            operating[task] = session
+            outer = self._enter(session, task, name)
             try:
+                if session.uow_checkout is not None:
+                    session.uow_before_operation(name)
                 result = method(session, *args, **kwargs)
-            except Exception as error:
-                if session.uow_closed:
-                    raise UnitClosedError(self.name) from error
+            except BaseException as error:
+                self._translate(session, error)
                 raise
-            else:
-                if session.uow_closed and name not in ENDINGS:
-                    raise UnitClosedError(self.name)
-                if may_stream and "stream_results" in (kwargs.get("execution_options") or ()):
-                    session.uow_streams += (ref(result),)
-                return result
             finally:
-                if outer is None:
-                    operating.pop(task, None)
-                else:
-                    operating[task] = outer
-                if session.uow_closed or session.uow_waiter is not None:
-                    session.uow_left(task)
-                else:
-                    session.uow_holder = None
+                self._leave(session, task, outer)
+            if session.uow_closed and name not in ENDINGS:
+                raise UnitClosedError(self.name)
+            return result
 
         return operation
+
+    def _execute(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Guard the most frequent operation, the only one that may leave a stream unread.
+
+        Its usual call is written out: to hand on ``*args, **kwargs`` costs more than the whole guard.
+        """
+        guarded = self._exclusive(method)
+
+        @functools.wraps(method)
+        def execute(
+            session: ObservedSession,
+            statement: Any,
+            params: Any = None,
+            *,
+            execution_options: Any = EMPTY_DICT,
+            bind_arguments: Any = None,
+            **internal: Any,
+        ) -> Any:
+            if internal or session.uow_holder is not None or session.uow_closed:
+                options = {"execution_options": execution_options, "bind_arguments": bind_arguments}
+                return guarded(session, statement, params, **options, **internal)
+            task = _current_task()
+            outer = self._enter(session, task, "execute")
+            try:
+                if session.uow_checkout is not None:
+                    session.uow_before_operation("execute")
+                result = method(
+                    session,
+                    statement,
+                    params,
+                    execution_options=execution_options,
+                    bind_arguments=bind_arguments,
+                )
+            except BaseException as error:
+                self._translate(session, error)
+                raise
+            finally:
+                self._leave(session, task, outer)
+            if session.uow_closed:
+                raise UnitClosedError(self.name)
+            if execution_options and "stream_results" in execution_options:
+                self._streams(session, result)
+            return result
+
+        return execute
+
+    def _streams(self, session: ObservedSession, result: Result[Any]) -> None:
+        """Remember that a result is still to be read."""
+        stream = stream_of(result)
+        if stream is not None:
+            session.uow_streams += (stream,)
+            self.unbuffered = self.unbuffered or stream.unbuffered
+
+    def _enter(
+        self, session: ObservedSession, task: asyncio.Task[Any] | None, name: str
+    ) -> ObservedSession | None:
+        """Begin an operation; returns the session whose operation this task is in the middle of already."""
+        if self.unbuffered and name not in _GIVES_UP:
+            session.uow_refuse_between_rows(task, name)
+        session.uow_holder = task
+        session.uow_operation = name
+        outer = self.operating.get(task)
+        self.operating[task] = session
+        return outer
+
+    def _leave(
+        self, session: ObservedSession, task: asyncio.Task[Any] | None, outer: ObservedSession | None
+    ) -> None:
+        if outer is None:
+            del self.operating[task]
+        else:
+            self.operating[task] = outer
+        if session.uow_closed or session.uow_waiter is not None:
+            session.uow_left(task)
+        else:
+            session.uow_holder = None
+        if session.uow_checkout is not None:
+            session.uow_released()
+
+    def _translate(self, session: ObservedSession, error: BaseException) -> None:
+        """Raise this package's error in place of one that tells less."""
+        let_go(error)
+        if not isinstance(error, Exception):
+            return
+        if session.uow_closed:
+            raise UnitClosedError(self.name) from error
+        if isinstance(error, PoolTimeout):
+            pools = [session.get_bind().engine.pool, *(engine.pool for engine in self.engines)]
+            pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
+            timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
+            remedy = remedy_for(session.uow_outer_holds)
+            raise PoolTimeoutError(self.name, timeout, pool_status(pool), remedy) from error
 
     def _flush(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Guard the operation that nearly every other one begins with; there it costs nothing to speak of."""
@@ -138,20 +237,29 @@ class Watch(Shared):
         return session
 
     def _do_execute(
-        self, _cursor: object, statement: str, _values: object, context: ExecutionContext
+        self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
     ) -> None:
         if not statement.startswith("SELECT"):
             session = self._session(context.root_connection)
             if session is not None:
+                if statement.startswith("SAVEPOINT") and context.dialect.name == "sqlite":
+                    _begin_on_sqlite(cursor, context.root_connection)
                 session.note_statement(statement)
 
-    def _do_execute_no_params(self, cursor: object, statement: str, context: ExecutionContext) -> None:
+    def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         self._do_execute(cursor, statement, None, context)
 
     def _handle_error(self, context: ExceptionContext) -> None:
         session = None if context.connection is None else self._session(context.connection)
         if session is not None:
             session.note_error(context)
+
+
+def _begin_on_sqlite(cursor: DBAPICursor, connection: Connection) -> None:
+    """Begin the transaction that Python's driver puts off: without one, RELEASE would be a COMMIT."""
+    driver = connection.connection.driver_connection
+    if driver is not None and not driver.in_transaction:
+        cursor.execute("BEGIN")
 
 
 def _in_memory(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import warnings
 from asyncio import current_task
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -19,27 +18,35 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 from sqlalchemy.sql import text
+from sqlalchemy.util import await_only
 
+from ._statements import READS, has_writing_part, verb_of
 from .exceptions import ConcurrentUseError, UnexpectedRollbackError, UnitClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection, ExceptionContext, Result
+    from sqlalchemy.engine import Connection, ExceptionContext
     from sqlalchemy.orm import SessionTransaction
+
+    from ._hooks import Hooks
+    from ._pool import Checkout
+    from ._streams import Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
-_WRITING_CTE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
-_VERB: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
-_READS: Final = frozenset(
-    {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "RELEASE"}
+_COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
+_PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
+"""What COMMIT sends where a transaction takes part in a two-phase commit."""
+_CLOSED: Final = (
+    "close() on %s rolls back %d statements and %d unflushed objects, because nothing committed them: call "
+    "`await db.session.commit()` before, or leave the session for its unit to close."
 )
-_DEADLOCK: Final = 1213
-"""MySQL's and MariaDB's ER_LOCK_DEADLOCK: the statement error after which the transaction is gone."""
+_TRANSACTION_LOST: Final = frozenset({1020, 1213})
+"""MariaDB's ER_CHECKREAD, and ER_LOCK_DEADLOCK: statement errors after which the transaction is gone."""
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Shared:
     """What the sessions of one database share."""
 
@@ -53,6 +60,7 @@ class Shared:
 
 ENDINGS: Final = frozenset({"commit", "rollback", "close", "reset", "release"})
 """The operations that decide a transaction, and so are not cut short."""
+_WITHOUT_STATEMENT: Final = ENDINGS | {"begin"}
 
 
 class ObservedSession(Session):
@@ -81,45 +89,77 @@ class ObservedSession(Session):
     """The database has rolled the transaction back by itself."""
     uow_committing: bool = False
     uow_committed: bool = False
-    """A transaction or savepoint has just committed and is about to end."""
+    """A savepoint has just been released and is about to end."""
     uow_unknown: bool = False
     """The connection broke, or the task was cancelled, while COMMIT was under way."""
     uow_savepoints: tuple[tuple[str, int, BaseException | None], ...] = ()
-    uow_streams: tuple[ref[Result[Any]], ...] = ()
-    uow_settled: Callable[[SessionTransaction, bool | None], None] | None = None
-    """Called after a transaction or savepoint: True for committed, False for rolled back, None unknown."""
+    uow_streams: tuple[Stream, ...] = ()
+    uow_hooks: Hooks | None = None
+    uow_checkout: Checkout | None = None
+    """How the session comes to its connections, where that is limited."""
+    uow_outer_holds: Callable[[], bool] | None = None
+    """Whether a unit around this session's holds a connection of the same pool."""
     uow_lent: bool = False
     """The connection was handed out: a task may be in the middle of a statement on it."""
     uow_waiter: asyncio.Future[None] | None = None
     uow_followed: bool = False
+    uow_xid: str = ""
+    """The name of its transaction, where that takes part in a two-phase commit."""
 
     def commit(self) -> None:
         """Commit, unless the database would silently make a rollback of it."""
-        if self.uow_failure is not None:
+        if self.uow_failure is not None or self.uow_hooks is not None:
             _refuse_silent_rollback(self)
         self.uow_committing = True
         try:
             super().commit()
         finally:
             self.uow_committing = False
-        if self.uow_noted:
+        if self.uow_noted and not self.in_transaction():  # a hook may have begun the next one
             self.uow_wrote = self.uow_wrote or self.uow_written > 0
             self.uow_forget()
 
+    def prepare(self) -> None:
+        """Prepare the first phase of a commit, unless the database would silently make a rollback of it."""
+        if self.uow_failure is not None or self.uow_hooks is not None:
+            _refuse_silent_rollback(self)
+        super().prepare()
+
     def rollback(self) -> None:
         """Roll back."""
+        if self.uow_hooks is not None:
+            self.uow_hooks.dooms.clear()
         try:
             super().rollback()
         finally:
-            self.uow_forget()
+            if not self.in_transaction():  # a hook may have begun the next one
+                self.uow_forget()
 
     def close(self) -> None:
         """Close for good once the unit has ended; before that, begin afresh, as is SQLAlchemy's default."""
         if self.uow_closed:
             super().close()
         else:
-            super().reset()
-            self.uow_forget()
+            self.reset()
+
+    def reset(self) -> None:
+        """Begin afresh; whoever closes a session that is not his may not know what that costs."""
+        if self.has_written():
+            logger.warning(_CLOSED, self.uow_shared.name, self.uow_written, self.pending())
+        super().reset()
+        self.uow_forget()
+
+    def invalidate(self) -> None:
+        """Discard the connections, and begin afresh unless the unit has ended."""
+        if self.uow_closed:
+            super().invalidate()
+            return
+        transaction = self.get_nested_transaction() or self.get_transaction()
+        while transaction is not None:
+            ended, transaction = transaction, transaction.parent
+            ended.close(invalidate=True)
+        super().reset()
+        self.uow_forget()
 
     def connection(self, *args: Any, **kwargs: Any) -> Connection:
         """Return the connection, and remember that it may be used without calling this session."""
@@ -139,18 +179,33 @@ class ObservedSession(Session):
         Unlike ``rollback()`` this expires nothing, and it is no outcome to the hooks.
         """
         transaction = self.get_transaction()
-        settled, self.uow_settled = self.uow_settled, None
+        hooks, self.uow_hooks = self.uow_hooks, None
         try:
             if transaction is not None:
                 transaction.close()
         finally:
-            self.uow_settled = settled
+            self.uow_hooks = hooks
+            if hooks is not None:
+                hooks.dooms.clear()
             self.uow_forget()
 
     def end(self) -> None:
         """Close for good; sends nothing where no transaction is open."""
         self.uow_closed = True
         Session.close(self)
+        self.uow_released()
+
+    def uow_before_operation(self, operation: str) -> None:
+        """Check a connection out in time for an operation that will need one."""
+        if self.uow_checkout is not None and (
+            operation not in _WITHOUT_STATEMENT or (operation == "commit" and self.pending())
+        ):
+            self.uow_checkout.before_statement(self, self.uow_outer_holds)
+
+    def uow_released(self) -> None:
+        """Give the place among those with a connection back, if the transaction is over."""
+        if self.uow_checkout is not None:
+            self.uow_checkout.after_operation(self)
 
     def busy(self) -> bool:
         """Whether another task is in the middle of an operation."""
@@ -165,7 +220,7 @@ class ObservedSession(Session):
 
     def pending(self) -> int:
         """Count the objects that the next flush would write."""
-        return len(self.new) + len(self.dirty) + len(self.deleted)
+        return len(self.new) + sum(map(self.is_modified, self.dirty)) + len(self.deleted)
 
     def has_written(self) -> bool:
         """Whether the transaction at hand has sent a statement that writes, or has objects to flush."""
@@ -185,16 +240,23 @@ class ObservedSession(Session):
 
     def streaming(self) -> bool:
         """Whether a result of ``stream()`` or ``stream_scalars()`` is unread and somebody still has it."""
-        self.uow_streams = tuple(stream for stream in self.uow_streams if _unread(stream()))
+        self.uow_streams = tuple(stream for stream in self.uow_streams if stream.unread)
         return bool(self.uow_streams)
 
     def close_streams(self) -> None:
         """Close the results that nobody has read to the end: some drivers will not commit over them."""
         streams, self.uow_streams = self.uow_streams, ()
         for stream in streams:
-            result = stream()
-            if result is not None:
-                result.close()
+            stream.close()
+
+    def uow_refuse_between_rows(self, task: asyncio.Task[Any] | None, operation: str) -> None:
+        """Refuse an operation over which the driver would lose the rows that a stream has left."""
+        if self.uow_streams and any(stream.between_rows for stream in self.uow_streams):
+            raise ConcurrentUseError(
+                self.uow_shared.name,
+                f"{_name(task)} called {operation}()",
+                "a stream has rows left, which would be lost (read it to its end, or `await result.close()`)",
+            )
 
     def uow_follow(self) -> None:
         """Attach SQLAlchemy's events, for what its transactions do without calling this session."""
@@ -202,7 +264,7 @@ class ObservedSession(Session):
             self.uow_followed = True
             event.listen(self, "after_begin", _after_begin)
             event.listen(self, "before_commit", _before_commit)
-            event.listen(self, "after_commit", _after_commit)
+            event.listen(self, "after_commit", _after_commit, insert=True)  # before one that may fail
             event.listen(self, "after_transaction_end", _after_transaction_end)
 
     def uow_forget(self) -> None:
@@ -214,9 +276,8 @@ class ObservedSession(Session):
 
     def note_statement(self, statement: str) -> None:
         """Count a statement that is about to be sent, unless it only reads."""
-        found = _VERB.match(statement)
-        verb = found[1].upper() if found else ""
-        if verb in _READS:
+        verb = verb_of(statement)
+        if verb in READS:
             return
         self.uow_noted = True
         if verb == "SAVEPOINT":
@@ -227,21 +288,26 @@ class ObservedSession(Session):
                     self.uow_savepoints = self.uow_savepoints[: at + 1]
                     self.uow_written, self.uow_failure = written, failure
                     return
-        elif verb != "WITH" or _WRITING_CTE.search(statement):
+        elif verb != "WITH" or has_writing_part(statement):
             self.uow_written += 1
 
     def note_error(self, context: ExceptionContext) -> None:
         """Remember a statement's error, or that COMMIT was cut short."""
         committing, self.uow_committing = self.uow_committing, False
         self.uow_noted = True
-        if context.statement is None and not committing:  # ROLLBACK failed: its transaction may still be open
+        statement = context.statement
+        # an error that is not the database's own says nothing of what became of a COMMIT
+        cut = context.is_disconnect or context.sqlalchemy_exception is None
+        if statement is None and not committing:  # ROLLBACK failed: its transaction may still be open
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-        elif context.statement is not None:
+        elif statement is not None and not (cut and self.uow_decides(statement)):
             self.uow_failure = context.sqlalchemy_exception or context.original_exception
-            self.uow_gone = self.uow_gone or _DEADLOCK in context.original_exception.args[:1]
-        elif context.is_disconnect:
-            self.uow_unknown = True
+            self.uow_gone = self.uow_gone or not _TRANSACTION_LOST.isdisjoint(
+                context.original_exception.args[:1]
+            )
+        elif cut:
+            self.uow_unknown = context.is_disconnect = True
             logger.error(
                 "COMMIT on %s was interrupted (%s): its outcome is unknown, no hook runs and the connection "
                 "is discarded; look the data up before repeating the work.",
@@ -249,18 +315,29 @@ class ObservedSession(Session):
                 type(context.original_exception).__name__,
             )
 
+    def uow_decides(self, statement: str) -> bool:
+        """Whether a statement decides the transaction: to prepare does so for the witness alone."""
+        return statement.startswith(_COMMITS) or (
+            self.uow_xid.endswith("w") and statement.startswith(_PREPARES)
+        )
+
     def uow_reenter(self, task: asyncio.Task[Any] | None, operation: str) -> bool:
         """Let an operation call another of the same task, and refuse anything else."""
         if self.uow_closed:
             raise UnitClosedError(self.uow_shared.name)
         if self.uow_holder is not None and self.uow_holder is not task:
-            raise ConcurrentUseError(_name(self.uow_holder), self.uow_operation, _name(task), operation)
+            raise ConcurrentUseError(
+                self.uow_shared.name,
+                f"{_name(task)} called {operation}()",
+                f"{_name(self.uow_holder)} is in the middle of {self.uow_operation}()",
+            )
         return True
 
     def uow_left(self, task: asyncio.Task[Any] | None) -> None:
         """End an operation that somebody waits for, or that its unit did not wait for."""
         if self.uow_closed and self.in_transaction():
             Session.close(self)  # the unit has ended meanwhile, and left the rest to this task
+            self.uow_released()
         if self.uow_holder is task:
             self.uow_holder = None
         if self.uow_waiter is not None:
@@ -282,14 +359,13 @@ def _name(task: asyncio.Task[Any] | None) -> str:
     return "code outside any task" if task is None else f"task {task.get_name()!r}"
 
 
-def _unread(result: Result[Any] | None) -> bool:
-    # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
-    return not (result is None or result.closed or result._soft_closed)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # see above
-
-
 def _refuse_silent_rollback(session: ObservedSession) -> None:
     """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
-    failure, reason = session.uow_failure, "the database has rolled it back after a deadlock"
+    if session.uow_hooks is not None:
+        session.uow_hooks.refuse_commit()
+    if session.uow_failure is None:
+        return
+    failure, reason = session.uow_failure, "the database has rolled it back after a conflict"
     if not session.uow_gone:
         try:
             session.connection().execute(text("SELECT 1"))  # refused where an error aborts the transaction
@@ -298,22 +374,35 @@ def _refuse_silent_rollback(session: ObservedSession) -> None:
         else:
             session.uow_failure = None
             return
-    raise UnexpectedRollbackError(reason) from failure
+    raise UnexpectedRollbackError(session.uow_shared.name, reason) from failure
 
 
-def _after_begin(session: ObservedSession, _: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: ObservedSession, transaction: SessionTransaction, connection: Connection) -> None:
     session.uow_shared.connections[connection] = ref(session)
+    if transaction.parent is None and session.uow_hooks is not None:
+        session.uow_hooks.begun(connection)
 
 
 def _before_commit(session: ObservedSession) -> None:
     if not session.in_nested_transaction():
-        if session.uow_failure is not None:
-            _refuse_silent_rollback(session)
+        if session.uow_hooks is not None:
+            session.uow_committing = False
+            session.uow_hooks.refuse_commit()
+            await_only(session.uow_hooks.before_commit())
+        _refuse_silent_rollback(session)
         session.uow_committing = True
 
 
 def _after_commit(session: ObservedSession) -> None:
-    session.uow_committed = True
+    if session.in_nested_transaction():
+        session.uow_committed = True
+        return
+    # SQLAlchemy may not come to the end of the transaction: the task may be cancelled at the pool's reset
+    session.uow_wrote = session.uow_wrote or session.uow_written > 0
+    session.uow_committing = False
+    session.uow_forget()
+    if session.uow_hooks is not None:
+        session.uow_hooks.decide(committed=True)
 
 
 def _after_transaction_end(session: ObservedSession, transaction: SessionTransaction) -> None:
@@ -322,6 +411,8 @@ def _after_transaction_end(session: ObservedSession, transaction: SessionTransac
         outcome = None if root and session.uow_unknown else session.uow_committed
         session.uow_committed = False
         if root:
+            session.uow_committing = False
             session.uow_forget()
-        if session.uow_settled is not None:
-            session.uow_settled(transaction, outcome)
+            session.uow_released()
+        if session.uow_hooks is not None:
+            session.uow_hooks.follow(transaction, outcome)

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ._pool_status import PoolStatus
 
 __all__ = [
     "ConcurrentUseError",
     "ConfigurationError",
     "EngineAlreadyBoundError",
     "FastAPIAsyncSQLAlchemyError",
+    "InDoubtError",
     "MissingSessionError",
     "PartialCommitError",
+    "PoolTimeoutError",
+    "PropagationError",
+    "ReadOnlyError",
+    "ReplicaLagError",
     "SessionNotInitialisedError",
+    "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
 ]
+
+
+_START_AGAIN: Final = (
+    "call rollback() and start again, or let an error leave the unit; what may fail belongs into "
+    "`async with db.unit.savepoint():`"
+)
 
 
 class FastAPIAsyncSQLAlchemyError(Exception):
@@ -34,7 +49,9 @@ class FastAPIAsyncSQLAlchemyError(Exception):
 def _restore(
     kind: type[FastAPIAsyncSQLAlchemyError], args: tuple[object, ...]
 ) -> FastAPIAsyncSQLAlchemyError:
-    return kind.__new__(kind, *args)
+    error = kind.__new__(kind, *args)
+    error.args = args  # an OSError's are set by its __init__
+    return error
 
 
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
@@ -83,10 +100,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     what it goes on to write.
     """
 
-    def __init__(self, database: str) -> None:
+    def __init__(self, database: str, opening: str = "`async with db():`") -> None:
         super().__init__(
             f"This unit of work of {database} has ended and serves one use only: "
-            "open a new one with `async with db():` in the task that goes on working."
+            f"open a new one with {opening} in the task that goes on working."
         )
 
 
@@ -94,14 +111,14 @@ class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """A task used a session while another task was in the middle of an operation on it.
 
     Raised before the session's state or its connection is touched. Tasks may use one session in
-    turn; at the same time each needs its own.
+    turn; at the same time each needs its own. On MySQL and MariaDB a stream that has rows left is in the
+    middle, too, also for the task that reads it: another statement would cost it those rows.
     """
 
-    def __init__(self, holder: str, operation: str, intruder: str, attempted: str) -> None:
+    def __init__(self, database: str, attempt: str, busy: str) -> None:
         super().__init__(
-            f"{intruder} called {attempted}() on a session on which {holder} is in the middle of "
-            f"{operation}(): give each task a unit of its own with `async with db():` inside the task, "
-            "or await one before the other."
+            f"{attempt} on a session of {database} on which {busy}: run them by `db.gather(...)`, give each "
+            "task a unit of its own with `async with db():` inside the task, or end one before the other."
         )
 
 
@@ -110,15 +127,82 @@ class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
     ``__cause__`` is the error that made it so, where there was one: a statement failed, its error
     was swallowed, and the database had given up the transaction, so that COMMIT would have been a
-    silent rollback.
+    silent rollback; or a block that had joined the unit failed, and somebody swallowed its error.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, database: str, reason: str, remedy: str | None = None) -> None:
         super().__init__(
-            f"The transaction cannot be committed, because {reason}: let the error leave the unit, call "
-            "rollback() and start again, or wrap the statement that may fail in "
-            "`async with db.unit.savepoint():`."
+            f"The transaction of {database} cannot be committed, because {reason}: {remedy or _START_AGAIN}."
         )
+
+
+class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """A block cannot have what it asks for where it stands.
+
+    It must join a unit of work and there is none, must not find one and there is one, or joins one
+    with other settings than its own.
+    """
+
+    def __init__(self, database: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{database}: {reason}: {remedy}.")
+
+
+class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """Changed objects were flushed in a read-only unit of work; nothing was sent.
+
+    SQL that the caller wrote himself goes to the database, which refuses it with an error of its own.
+    """
+
+    def __init__(self, database: str, objects: int) -> None:
+        super().__init__(
+            f"{objects} changed objects of {database} cannot be flushed in a read-only unit of work: "
+            "write in a unit without read_only=True, or expunge() what is not meant to be stored."
+        )
+
+
+class TransactionBegunError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """What belongs before a transaction's first statement, or after its end, came in the middle of it."""
+
+    def __init__(self, database: str, remedy: str) -> None:
+        super().__init__(f"A transaction of {database} is open: {remedy}.")
+
+
+class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+    """No connection came free in time; nothing was sent.
+
+    ``timeout`` is how long was waited and ``retry_after`` when to try again, both in seconds.
+    ``pool_status`` is what ``db.pool_status()`` would have said then.
+    """
+
+    def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None:
+        limit = "no limit" if pool_status.capacity is None else pool_status.capacity
+        super().__init__(
+            f"{database} had no free connection within {timeout:g} seconds "
+            f"({pool_status.checked_out or 0} of {limit} are checked out): {remedy}."
+        )
+        self.timeout: float = timeout
+        self.retry_after: int = max(1, math.ceil(timeout))
+        self.pool_status: PoolStatus = pool_status
+
+
+class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+    """A replica had not replayed a position in time; nothing was read from it.
+
+    ``position`` is where the primary had been, ``replayed`` how far the replica had come, if it had begun,
+    and ``timeout`` how many seconds were waited.
+    """
+
+    def __init__(self, database: str, position: str, replayed: str | None, timeout: float) -> None:
+        state = f"did not say whether it has replayed {position}"
+        if replayed is not None:
+            state = f"had replayed {replayed} and not {position}"
+        super().__init__(
+            f"{database} {state} within {timeout:g} seconds: "
+            "wait longer by timeout=, or read from the primary by fallback=."
+        )
+        self.position: str = position
+        self.replayed: str | None = replayed
+        self.timeout: float = timeout
 
 
 class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
@@ -135,3 +219,21 @@ class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         )
         self.committed: tuple[str, ...] = tuple(committed)
         self.failed: str = failed
+
+
+class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """A connection broke so late in ``atomic()`` that a prepared transaction may be left behind.
+
+    ``transaction`` is a part of its name, ``committed`` and ``in_doubt`` are databases; ``__cause__`` is what
+    broke. What is prepared holds its locks until it is finished.
+    """
+
+    def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None:
+        done = f"is committed on {', '.join(committed)} and " if committed else ""
+        super().__init__(
+            f"The atomic transaction {transaction} {done}may be left prepared on {', '.join(in_doubt)}: run "
+            "`python -m fastapi_async_sqlalchemy.recovery` with the URLs of all its databases."
+        )
+        self.transaction: str = transaction
+        self.committed: tuple[str, ...] = tuple(committed)
+        self.in_doubt: tuple[str, ...] = tuple(in_doubt)

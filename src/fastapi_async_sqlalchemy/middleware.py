@@ -5,18 +5,22 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
 from attrs import define
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from ._concurrency import admission, unavailable
 from ._context import NoUnit
-from ._database import Database, S_co
-from ._options import async_engine, commit_policy, create_engine, paths, session_class_of
+from ._database import Database, S_co, Terms
+from ._options import async_engine, boolean, commit_policy, create_engine, paths, session_class_of, shown
+from ._pool import saturation_warning
 from ._proxy import SessionProxy, new_database
+from ._transaction import PLAIN, TransactionSettings
 from ._unit import UnitOfWork
-from .exceptions import ConfigurationError, PartialCommitError
+from .exceptions import ConfigurationError, PartialCommitError, PoolTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -24,21 +28,28 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from ._context import Current
     from ._options import CommitPolicy, CommitWhen, EngineArgs, SessionArgs
+    from ._session import ObservedSession
 
-__all__ = ["SQLAlchemyMiddleware", "create_middleware_and_session_proxy", "db"]
+__all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 _COMMITTED: Final = "fastapi_async_sqlalchemy.committed"
 """The scope's key of the list of databases that have committed for this request, inner ones first."""
+_LAST_OF_A_RESPONSE: Final = frozenset(
+    {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
+)
+"""The messages of which the last one, without ``more_body``, ends the body."""
 _LAST_LIFESPAN_MESSAGES: Final = frozenset(
     {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
 )
 
-_default_database, _default_current, db = new_database(None)
+_default_database, _default_current, db = new_database(None, PLAIN)
 
 
 class SQLAlchemyMiddleware(Generic[S_co]):
@@ -58,6 +69,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         commit_on_exit: commit a response whose status is below 400, unless an exception is being handled.
         exclude_paths: paths, exactly as requested, that get no unit of work.
         commit_when: the caller's own rule in place of that one: status and exception in, commit or not out.
+        max_concurrent_requests: so many requests at a time get as far as the application, each until its
+            response starts; the others wait. Excluded paths do not count.
+        request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
+        pool_warn_threshold: the part of the pool, above 0 and up to 1, whose checkout is worth a WARNING.
+        pool_warn_interval: seconds from one such WARNING to the next.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -65,7 +81,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     """
 
     _database: ClassVar[Database[Any]] = _default_database
-    _current: ClassVar[ContextVar[UnitOfWork[Any] | NoUnit]] = _default_current
+    _current: ClassVar[ContextVar[Current[Any]]] = _default_current
 
     def __init__(  # noqa: PLR0917  # the order that users of 0.8 know
         self,
@@ -78,19 +94,32 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
+        max_concurrent_requests: int | None = None,
+        request_queue_timeout: float | None = None,
+        pool_warn_threshold: float | None = None,
+        pool_warn_interval: float = 60.0,
     ) -> None:
+        if not callable(app):
+            message = f"app must be an ASGI application, not {shown(app)}."
+            raise ConfigurationError(message)
         self.app = app
         self._policy = commit_policy(commit_on_exit, commit_when)
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
+        self._terms = Terms(database, database.settings, commit_on_exit=self._policy.commit_on_exit)
+        self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._engine = self._own_or_given(db_url, custom_engine, engine_args)
         self._owned = db_url is not None
         self._session_args = session_args
-        if self._engine is not None:
-            database.bind(self._engine, session_args)
-        elif not database.connected:
+        if self._engine is None and not database.connected:
             message = "give db_url or custom_engine, or call db.bind(engine) first."
             raise ConfigurationError(message)
+        pool = (self._engine or database.engine).sync_engine
+        warning = saturation_warning(pool, pool_warn_threshold, pool_warn_interval)
+        if self._engine is not None:
+            database.bind(self._engine, session_args)
+        if warning is not None:
+            warning.watch(database.name, pool)
         self._in_websocket = NoUnit(database, "in a WebSocket", "open `async with db():` for each message")
         self._on_excluded_path = NoUnit(
             database, "on an excluded path", "take it off exclude_paths, or open `async with db():`"
@@ -117,18 +146,25 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         if scope["type"] != "http" or (self._excluded and scope["path"] in self._excluded):
             await self._without_unit(scope, receive, send)
             return
+        if self._admission is not None and not self._admission.admitted(scope):
+            await self._admission.serve(self, scope, receive, send)
+            return
         exchange = _Exchange(
-            self._policy, UnitOfWork(self._database), scope, send, scope.get("app"), sys.exception()
+            self._policy,
+            UnitOfWork(self._terms, self._current.get(), scope),
+            send,
+            scope.get("app"),
+            sys.exception(),
         )
-        outer = self._current.get()
         self._current.set(exchange.unit)
         try:
             try:
                 await self.app(scope, receive, exchange.send)
-            except Exception:
+                if exchange.failure is not None:
+                    raise exchange.failure  # noqa: TRY301  # the application has swallowed it
+            except Exception:  # middlewares outside see that the answer handles it
                 if exchange.failure is None:
                     raise
-            if exchange.failure is not None:  # the application has unwound from its failed commit
                 await exchange.answer(receive)
             if not exchange.unit.finish_idle():
                 await exchange.finish()
@@ -136,7 +172,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await exchange.unit.abandon()
             raise
         finally:
-            self._current.set(outer)
+            self._current.set(exchange.unit.outer)
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -169,21 +205,26 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._database.release(self._engine, owned=self._owned)
 
 
-@define(eq=False)
+@define(eq=False, repr=False, weakref_slot=False)
 class _Exchange:
     """One request's response on its way to the client."""
 
     policy: CommitPolicy
     unit: UnitOfWork[Any]
-    scope: Scope
     forward: Send
     app: object
     outer_exception: BaseException | None
     failure: Exception | None = None
     """Why the response was abandoned: its commit failed."""
-    decision: bool | None = None
-    held: bool = False
-    complete: bool = False
+    standing: bool | None = None
+    """What the start of the response decided for the rest as well; None if that is decided anew."""
+    sent: Literal["nothing", "start", "all"] = "nothing"
+    """How much of the response has gone out."""
+
+    @property
+    def scope(self) -> Scope:
+        """The request's scope."""
+        return cast("Scope", self.unit.request)
 
     def send(self, message: Message) -> Awaitable[None]:
         """Settle the unit before the response starts, note the response's end, pass everything on."""
@@ -191,13 +232,19 @@ class _Exchange:
             return _drop()
         kind = message["type"]
         if kind == "http.response.start":
+            if self.sent != "nothing":  # the server will refuse it
+                return self.forward(message)
+            self.sent = "start"
             if self.unit.opened is not None or self.policy.commit_when is not None:
                 return self.start(message, sys.exception())
-        elif (
-            kind == "http.response.body" and not message.get("more_body")
-        ) or kind == "http.response.pathsend":
-            self.complete = True
+        elif self.sent == "start" and kind in _LAST_OF_A_RESPONSE and not message.get("more_body"):
+            return self.end(message)
         return self.forward(message)
+
+    async def end(self, message: Message) -> None:
+        """Forward the last message of the body, and note that it went out."""
+        await self.forward(message)
+        self.sent = "all"
 
     async def start(self, message: Message, exception: BaseException | None) -> None:
         """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
@@ -205,34 +252,51 @@ class _Exchange:
             exception = None
         unit = self.unit
         try:
-            self.decision = self.policy.response(message["status"], exception)
-            self.held = await unit.settle(commit=self.decision)
-        except Exception as error:
-            committed = self.scope.get(_COMMITTED)
-            self.failure = PartialCommitError(committed, unit.database.name) if committed else error
+            decision = self.policy.response(message["status"], exception)
+            held = await unit.settle(commit=decision)
+        except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
+            self.failure = failure = self.told(error)
             await unit.roll_back()
-            if self.failure is error:
-                raise
-            logger.error("%s", self.failure)  # noqa: TRY400  # the cause goes on with the error
-            raise self.failure from error
-        if self.decision and unit.watched is not None and unit.watched.uow_wrote:
-            self.scope.setdefault(_COMMITTED, []).append(unit.database.name)
+            raise failure  # noqa: B904  # it is the error itself, or has it as its cause
+        if held or self.policy.commit_when is not None:
+            self.standing = decision
+        self.note(unit.watched)
         await self.forward(message)
+
+    def note(self, session: ObservedSession | None) -> None:
+        """Let the middlewares outside know that this database has committed something."""
+        if session is not None and session.uow_wrote:
+            committed: list[str] = self.scope.setdefault(_COMMITTED, [])
+            if self.unit.database.name not in committed:
+                committed.append(self.unit.database.name)
+
+    def told(self, error: Exception) -> Exception:
+        """Return the error of a commit, or what tells that other databases have committed before it."""
+        name = self.unit.database.name
+        others = [other for other in self.scope.get(_COMMITTED, ()) if other != name]
+        if not others:
+            return error
+        failure = PartialCommitError(others, name)
+        failure.__cause__ = error
+        logger.error("%s", failure)
+        return failure
 
     async def finish(self) -> None:
         """Settle what the tail began, or what its owner still holds, and close the unit."""
         commit: bool | None = False
         if self.failure is None:
-            commit = self.policy.tail(decision=self.decision, held=self.held, complete=self.complete)
+            commit = self.policy.tail(self.standing, complete=self.sent == "all")
+        session = self.unit.watched
         try:
             await self.unit.finish(commit=commit)
-        except Exception:
+        except Exception as error:
             logger.exception(
                 "COMMIT on %s failed after the response had started: the client has been told of a success "
                 "that does not include what came later.",
                 self.unit.database.name,
             )
-            raise
+            raise self.told(error)  # noqa: B904  # as above
+        self.note(session)
 
     async def answer(self, receive: Receive) -> None:
         """Answer for a failed commit by the application's own handler; without one the error goes on."""
@@ -265,20 +329,38 @@ async def _drop() -> None:
     """Take the place of sending a message of an abandoned response."""
 
 
+def add_pool_timeout_handler(app: Starlette) -> None:
+    """Let an application answer every ``PoolTimeoutError`` by 503 with ``Retry-After``."""
+    _require_starlette(app)
+    app.add_exception_handler(PoolTimeoutError, _answer_pool_timeout)
+
+
+def _require_starlette(app: object) -> None:
+    if not isinstance(app, Starlette):
+        message = f"app must be a Starlette or FastAPI application, not {shown(app)}."
+        raise ConfigurationError(message)
+
+
+async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
+    return unavailable(cast("PoolTimeoutError", error).retry_after)
+
+
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None,
+    session_class: type[S_co] | None = None, *, read_only: bool = False
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Make the pair of one database: a middleware class, and the ``db`` that goes with it.
 
     Two pairs never see each other's engine, session or unit. ``session_class`` is the database's
     session class, which makes its proxy a type of its own; without it sessions are SQLModel's where
-    SQLModel is installed, else SQLAlchemy's ``AsyncSession``.
+    SQLModel is installed, else SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are
+    read-only, as is right for a replica.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class.
+        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, ``read_only`` no bool.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
-    database, current, proxy = new_database(session_class)
+    settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
+    database, current, proxy = new_database(session_class, settings)
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

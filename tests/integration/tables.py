@@ -43,10 +43,12 @@ ORPHAN = {"note_id": 404}
 async def engine_with_tables(url: str, **engine_args: Any) -> AsyncGenerator[AsyncEngine]:
     """Make an engine on a database in which the tables are made; it is disposed on exit.
 
-    Pass it as `custom_engine`. On SQLite it enforces foreign keys, so that a COMMIT can fail there too, and
-    has a pool, which older SQLAlchemy gives SQLite files only where it is asked to.
+    Pass it as `custom_engine`. On SQLite it enforces foreign keys, so that a COMMIT can fail there too, waits
+    longer than five seconds for others that write, as on a slow disk it may have to, and has a pool, which
+    older SQLAlchemy gives SQLite files only where it is asked to.
     """
-    engine = create_async_engine(url, **{"poolclass": AsyncAdaptedQueuePool, **engine_args})
+    patience = {"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {}
+    engine = create_async_engine(url, **{"poolclass": AsyncAdaptedQueuePool, **patience, **engine_args})
     if engine.dialect.name == "sqlite":
         event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
     try:

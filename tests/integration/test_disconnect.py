@@ -225,7 +225,7 @@ async def test_server_gives_up_a_request(
 ) -> None:
     """A request that the server cancels when its patience ends is rolled back, and the pool is whole."""
     async with gated(make_site, locking_url) as bench, AsyncExitStack() as server:
-        address = await server.enter_async_context(serve(bench.site.app))
+        address = await server.enter_async_context(serve(bench.site.app, patience=1))
         async with closed(bench.gate), raw_get(address, "/slow") as response:
             await bench.gate.reached()
             await server.aclose()

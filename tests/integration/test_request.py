@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
+    ConfigurationError,
     MissingSessionError,
     UnexpectedRollbackError,
     create_middleware_and_session_proxy,
@@ -560,6 +561,31 @@ async def test_rule_that_fails(make_site: MakeSite, database_url: str) -> None:
     assert await site.notes() == []
 
 
+@pytest.mark.parametrize("decision", [None, "yes", 1], ids=str)
+async def test_rule_that_says_neither(make_site: MakeSite, database_url: str, decision: Any) -> None:
+    """A `commit_when` that returns neither True nor False is a mistake: 500, and nothing is committed."""
+
+    def rule(status: int, error: BaseException | None) -> Any:
+        return decision
+
+    site = await make_site(database_url, commit_when=rule)
+
+    @site.app.get("/")
+    async def write() -> str:
+        site.db.session.add(Note(text="new"))
+        await site.db.session.flush()
+        return "written"
+
+    with pytest.raises(
+        ConfigurationError, match=rf"^what commit_when returns must be True or False, not {decision!r}\.$"
+    ):
+        await site.get()
+    response = await site.get(raise_app_exceptions=False)
+    assert response.status_code == 500
+    assert "written" not in response.text
+    assert await site.notes() == []
+
+
 async def test_starlette_application(make_site: MakeSite, deferring_url: str) -> None:
     """All of it holds for a Starlette application without FastAPI."""
     site = await make_site(deferring_url)
@@ -719,7 +745,7 @@ async def test_next_request_reads_what_the_first_wrote(make_site: MakeSite, data
     async def read(number: int) -> bool:
         return await site.db.session.scalar(select(Note).where(Note.text == str(number))) is not None
 
-    async with serve(site.app) as address, AsyncClient(base_url=address.url) as client:
+    async with serve(site.app) as address, AsyncClient(base_url=address.url, timeout=30) as client:
         for number in range(20):
             await client.get(f"/write/{number}")
             assert (await client.get(f"/read/{number}")).json() is True

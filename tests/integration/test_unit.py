@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,31 +27,9 @@ from fastapi_async_sqlalchemy import (
 from tests.databases import JudgeFor
 from tests.integration.site import Site, checked_in, complaints
 from tests.integration.tables import ORPHAN, Note, Reply, engine_with_tables
-from tests.integration.worker import open_worker
 
 ENDED = r"has ended and serves one use only: open a new one with `async with db\(\):`"
 Unit = UnitOfWork[AsyncSession]
-
-
-@pytest.fixture
-async def worker(database_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
-    """A process without an application, on each of the three databases."""
-    async with open_worker(database_url, judge_for) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def deferring_worker(deferring_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
-    """A process without an application, on each of the two databases whose COMMIT can fail."""
-    async with open_worker(deferring_url, judge_for) as worker:
-        yield worker
-
-
-@pytest.fixture
-async def postgresql_worker(postgresql_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
-    """A process without an application, on PostgreSQL."""
-    async with open_worker(postgresql_url, judge_for) as worker:
-        yield worker
 
 
 class BoomError(Exception):

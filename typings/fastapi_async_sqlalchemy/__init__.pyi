@@ -1,14 +1,17 @@
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from types import ModuleType
-from typing import Any, Generic, Literal, TypeAlias, TypedDict
+from types import ModuleType, TracebackType
+from typing import Any, Generic, Literal, NewType, Self, TypeAlias, TypedDict, overload
 
-from sqlalchemy.engine import URL
-from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Mapper, Query, Session
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.sql.schema import Table
+from starlette.requests import HTTPConnection
 from typing_extensions import TypeVar
 
 from .exceptions import (
@@ -16,15 +19,29 @@ from .exceptions import (
     ConfigurationError,
     EngineAlreadyBoundError,
     FastAPIAsyncSQLAlchemyError,
+    InDoubtError,
     MissingSessionError,
     PartialCommitError,
+    PoolTimeoutError,
+    PropagationError,
+    ReadOnlyError,
+    ReplicaLagError,
     SessionNotInitialisedError,
+    TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
 )
-from .middleware import SQLAlchemyMiddleware, create_middleware_and_session_proxy, db
+from .middleware import (
+    SQLAlchemyMiddleware,
+    add_pool_timeout_handler,
+    create_middleware_and_session_proxy,
+    db,
+)
+
+__version__: str
 
 __all__ = [
+    "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
     "ConfigurationError",
@@ -32,23 +49,50 @@ __all__ = [
     "EngineArgs",
     "FastAPIAsyncSQLAlchemyError",
     "Hook",
+    "InDoubtError",
+    "IsolationLevel",
     "MissingSessionError",
     "PartialCommitError",
+    "PoolStatus",
+    "PoolTimeoutError",
+    "Propagation",
+    "PropagationError",
+    "ReadOnlyError",
+    "ReplicaLagError",
     "SQLAlchemyMiddleware",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",
+    "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
     "UnitOfWork",
+    "UnitTaskGroup",
+    "WalPosition",
+    "add_pool_timeout_handler",
+    "atomic",
     "create_middleware_and_session_proxy",
     "db",
+    "pgbouncer_engine_args",
 ]
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
+_T = TypeVar("_T")
+_T1 = TypeVar("_T1")
+_T2 = TypeVar("_T2")
+_T3 = TypeVar("_T3")
+_T4 = TypeVar("_T4")
+_T5 = TypeVar("_T5")
+_T6 = TypeVar("_T6")
+_F = TypeVar("_F", bound=Callable[..., Coroutine[Any, Any, Any]])
+
 CommitWhen: TypeAlias = Callable[[int, BaseException | None], bool]
 Hook: TypeAlias = Callable[[], Awaitable[object] | object]
+WalPosition = NewType("WalPosition", str)
+BeginHook: TypeAlias = Callable[[Connection], object]
+Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
+IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
 class EngineArgs(TypedDict, total=False):
     async_creator: Callable[[], Awaitable[object]]
@@ -61,7 +105,7 @@ class EngineArgs(TypedDict, total=False):
     hide_parameters: bool
     implicit_returning: Literal[True]
     insertmanyvalues_page_size: int
-    isolation_level: IsolationLevel
+    isolation_level: EngineIsolationLevel
     json_deserializer: Callable[[str], Any]
     json_serializer: Callable[[Any], str]
     label_length: int | None
@@ -84,6 +128,9 @@ class EngineArgs(TypedDict, total=False):
     skip_autocommit_rollback: bool
     use_insertmanyvalues: bool
 
+def pgbouncer_engine_args(**connect_args: Any) -> EngineArgs: ...
+def atomic(*databases: SessionProxy[AsyncSession]) -> AbstractAsyncContextManager[None, None]: ...
+
 class SessionArgs(TypedDict, total=False):
     autobegin: bool
     autoflush: bool
@@ -101,6 +148,48 @@ class SessionArgs(TypedDict, total=False):
     sync_session_class: type[Session]
     twophase: bool
 
+class PoolStatus(Mapping[str, str | int | float | None]):
+    def __init__(
+        self,
+        *,
+        pool_class: str,
+        size: int | None = None,
+        max_overflow: int | None = None,
+        capacity: int | None = None,
+        checked_in: int | None = None,
+        checked_out: int | None = None,
+        available: int | None = None,
+        saturation: float | None = None,
+    ) -> None: ...
+    @property
+    def pool_class(self) -> str: ...
+    @property
+    def size(self) -> int | None: ...
+    @property
+    def max_overflow(self) -> int | None: ...
+    @property
+    def capacity(self) -> int | None: ...
+    @property
+    def checked_in(self) -> int | None: ...
+    @property
+    def checked_out(self) -> int | None: ...
+    @property
+    def available(self) -> int | None: ...
+    @property
+    def saturation(self) -> float | None: ...
+    def __getitem__(self, name: str) -> str | int | float | None: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+class UnitTaskGroup(Generic[_S_co]):
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def create_task(
+        self, coroutine: Coroutine[Any, Any, _T], *, name: str | None = None
+    ) -> asyncio.Task[_T]: ...
+
 class UnitOfWork(Generic[_S_co]):
     @property
     def opened(self) -> _S_co | None: ...
@@ -115,6 +204,9 @@ class UnitOfWork(Generic[_S_co]):
     def savepoint(self) -> AsyncSessionTransaction: ...
     def on_commit(self, hook: Hook) -> None: ...
     def on_rollback(self, hook: Hook) -> None: ...
+    def before_commit(self, hook: Hook) -> None: ...
+    def on_begin(self, hook: BeginHook) -> None: ...
+    def set_rollback_only(self) -> None: ...
 
 class SessionProxy(Generic[_S_co]):
     @property
@@ -124,8 +216,258 @@ class SessionProxy(Generic[_S_co]):
     @property
     def engine(self) -> AsyncEngine: ...
     def __call__(
-        self, session_args: SessionArgs | None = None, commit_on_exit: bool = False
+        self,
+        session_args: SessionArgs | None = None,
+        commit_on_exit: bool = False,
+        *,
+        propagation: Propagation = "requires_new",
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        multi_sessions: bool = False,
+        max_concurrent: int | None = None,
+        pool_timeout: float | None = None,
+        wait_for: WalPosition | None = None,
+        timeout: float | None = None,
+        fallback: SessionProxy[AsyncSession] | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    async def commit_position(self) -> WalPosition: ...
+    def connection(
+        self, *, timeout: float | None = None, commit_on_exit: bool | None = None
+    ) -> AbstractAsyncContextManager[_S_co, None]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # pyright: ignore[reportOverlappingOverload]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1]]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1, _T2]]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1, _T2, _T3]]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1, _T2, _T3, _T4]]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        coroutine5: Coroutine[Any, Any, _T5],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1, _T2, _T3, _T4, _T5]]: ...
+    @overload
+    def gather(  # type: ignore[overload-overlap]  # a call by *list gives a list
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        coroutine5: Coroutine[Any, Any, _T5],
+        coroutine6: Coroutine[Any, Any, _T6],
+        /,
+        *,
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1, _T2, _T3, _T4, _T5, _T6]]: ...
+    @overload
+    def gather(  # pyright: ignore[reportOverlappingOverload]  # likewise
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1 | BaseException]]: ...
+    @overload
+    def gather(
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1 | BaseException, _T2 | BaseException]]: ...
+    @overload
+    def gather(
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, tuple[_T1 | BaseException, _T2 | BaseException, _T3 | BaseException]]: ...
+    @overload
+    def gather(
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[
+        Any,
+        Any,
+        tuple[
+            _T1 | BaseException,
+            _T2 | BaseException,
+            _T3 | BaseException,
+            _T4 | BaseException,
+        ],
+    ]: ...
+    @overload
+    def gather(
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        coroutine5: Coroutine[Any, Any, _T5],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[
+        Any,
+        Any,
+        tuple[
+            _T1 | BaseException,
+            _T2 | BaseException,
+            _T3 | BaseException,
+            _T4 | BaseException,
+            _T5 | BaseException,
+        ],
+    ]: ...
+    @overload
+    def gather(
+        self,
+        coroutine1: Coroutine[Any, Any, _T1],
+        coroutine2: Coroutine[Any, Any, _T2],
+        coroutine3: Coroutine[Any, Any, _T3],
+        coroutine4: Coroutine[Any, Any, _T4],
+        coroutine5: Coroutine[Any, Any, _T5],
+        coroutine6: Coroutine[Any, Any, _T6],
+        /,
+        *,
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[
+        Any,
+        Any,
+        tuple[
+            _T1 | BaseException,
+            _T2 | BaseException,
+            _T3 | BaseException,
+            _T4 | BaseException,
+            _T5 | BaseException,
+            _T6 | BaseException,
+        ],
+    ]: ...
+    @overload
+    def gather(
+        self,
+        *coroutines: Coroutine[Any, Any, _T],
+        return_exceptions: Literal[False] = False,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, list[_T]]: ...
+    @overload
+    def gather(
+        self,
+        *coroutines: Coroutine[Any, Any, _T],
+        return_exceptions: bool,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> Coroutine[None, None, list[_T | BaseException]]: ...
+    def task_group(
+        self,
+        *,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+    ) -> UnitTaskGroup[_S_co]: ...
+    @overload
+    def transactional(self, function: _F, /) -> _F: ...
+    @overload
+    def transactional(
+        self,
+        function: None = None,
+        /,
+        *,
+        propagation: Propagation = "required",
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        retries: int = 0,
+    ) -> Callable[[_F], _F]: ...
+    async def dependency(self, connection: HTTPConnection) -> _S_co: ...
+    def pool_status(self) -> PoolStatus: ...
     def connect(
         self,
         url: str | URL | AsyncEngine,

@@ -1,13 +1,21 @@
 from collections.abc import Sequence
 
+from . import PoolStatus
+
 __all__ = [
     "ConcurrentUseError",
     "ConfigurationError",
     "EngineAlreadyBoundError",
     "FastAPIAsyncSQLAlchemyError",
+    "InDoubtError",
     "MissingSessionError",
     "PartialCommitError",
+    "PoolTimeoutError",
+    "PropagationError",
+    "ReadOnlyError",
+    "ReplicaLagError",
     "SessionNotInitialisedError",
+    "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
 ]
@@ -25,15 +33,42 @@ class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
     def __init__(self, database: str, place: str, remedy: str) -> None: ...
 
 class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    def __init__(self, database: str) -> None: ...
+    def __init__(self, database: str, opening: str = "`async with db():`") -> None: ...
 
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    def __init__(self, holder: str, operation: str, intruder: str, attempted: str) -> None: ...
+    def __init__(self, database: str, attempt: str, busy: str) -> None: ...
 
 class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    def __init__(self, reason: str) -> None: ...
+    def __init__(self, database: str, reason: str, remedy: str | None = None) -> None: ...
+
+class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, database: str, reason: str, remedy: str) -> None: ...
+
+class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, database: str, objects: int) -> None: ...
+
+class TransactionBegunError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, database: str, remedy: str) -> None: ...
+
+class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+    timeout: float
+    retry_after: int
+    pool_status: PoolStatus
+    def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None: ...
+
+class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+    position: str
+    replayed: str | None
+    timeout: float
+    def __init__(self, database: str, position: str, replayed: str | None, timeout: float) -> None: ...
 
 class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     committed: tuple[str, ...]
     failed: str
     def __init__(self, committed: Sequence[str], failed: str) -> None: ...
+
+class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    transaction: str
+    committed: tuple[str, ...]
+    in_doubt: tuple[str, ...]
+    def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None: ...

@@ -3,6 +3,7 @@ from typing import Any, Generic
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypeVar
 
@@ -10,7 +11,7 @@ from . import CommitWhen, EngineArgs, SessionArgs, SessionProxy
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
-__all__ = ["SQLAlchemyMiddleware", "create_middleware_and_session_proxy", "db"]
+__all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
 class SQLAlchemyMiddleware(Generic[_S_co]):
     app: ASGIApp
@@ -25,11 +26,16 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
+        max_concurrent_requests: int | None = None,
+        request_queue_timeout: float | None = None,
+        pool_warn_threshold: float | None = None,
+        pool_warn_interval: float = 60.0,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
+def add_pool_timeout_handler(app: Starlette) -> None: ...
 def create_middleware_and_session_proxy(
-    session_class: type[_S_co] | None = None,
+    session_class: type[_S_co] | None = None, *, read_only: bool = False
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]

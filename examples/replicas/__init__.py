@@ -1,0 +1,1 @@
+"""A primary and its replica: `python -m examples.replicas` starts both, and an application that uses them."""

@@ -1,0 +1,69 @@
+"""Start a primary, a hot standby and the application; Ctrl-C ends them and removes all that they stored.
+
+It needs the development requirements, for the PostgreSQL that comes as a wheel, and port 8000 or PORT.
+"""
+
+import os
+import signal
+import socket
+from contextlib import suppress
+
+import uvicorn
+
+from examples.replicas.app import create_app
+from tests.replication import PROGRAMS, hot_standby, primary_server
+
+GUIDE = """
+Open  {url}/docs
+
+Write; the answer's X-Position is where the primary's log was then.
+  {post} '{{"text": "first"}}' {url}/notes
+Read from the standby.
+  curl {url}/notes/1
+Let the standby fall behind, and write.
+  {psql} -p {standby} -c 'SELECT pg_wal_replay_pause()'
+  {post} '{{"text": "second"}}' {url}/notes
+The standby does not know the note: 404. With its X-Position in the place of 0/0 the primary serves it.
+  curl {url}/notes/2
+  curl -H 'X-Position: 0/0' {url}/notes/2
+Lose the primary, and promote the standby; then write again.
+  kill -QUIT {pid}
+  {psql} -p {standby} -c 'SELECT pg_promote()'
+  {post} '{{"text": "third"}}' {url}/notes
+
+Ctrl-C ends it and removes the servers.
+"""
+POST = "curl -i -H 'Content-Type: application/json' -d"
+
+
+def listen(port: int) -> socket.socket:
+    """Listen on a port of this machine, or on a free one if that is taken."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return socket.create_server(("127.0.0.1", 0))
+
+
+def main() -> None:
+    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    port = int(os.environ.get("PORT", "8000"))
+    with primary_server() as primary, hot_standby(primary) as standby, listen(port) as listener:
+        hosts = f"postgresql+asyncpg://postgres@/postgres?host={primary.host}&host={standby.host}"
+        app = create_app(
+            f"{hosts}&target_session_attrs=read-write", f"{hosts}&target_session_attrs=prefer-standby"
+        )
+        guide = GUIDE.format(
+            url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+            post=POST,
+            psql=f"{PROGRAMS / 'psql'} -h 127.0.0.1 -U postgres",
+            standby=standby.port,
+            pid=primary.pid,
+        )
+        print(guide, flush=True)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What a unit's owner wants done around its transactions: hooks, and a mark that forbids COMMIT."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from attrs import Factory, define
+from sqlalchemy.engine import Connection
+from sqlalchemy.util import await_only
+
+from ._options import shown
+from .exceptions import TransactionBegunError, UnexpectedRollbackError
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+Hook: TypeAlias = Callable[[], Awaitable[object] | object]
+"""What runs around an outcome: a function or a coroutine function without arguments."""
+BeginHook: TypeAlias = Callable[[Connection], object]
+"""What runs where a transaction begins: a plain function of SQLAlchemy's synchronous connection."""
+
+ROLLBACK_ONLY: Final = "set_rollback_only() was called"
+JOINED: Final = "a block that had joined it failed"
+_HOOK_FAILED: Final = "a before_commit hook failed"
+
+
+@define(eq=False, repr=False, kw_only=True)
+class Mark:
+    """Something that shares the fate of the savepoint in which it was registered."""
+
+    savepoint: SessionTransaction | None
+    undone: bool = False
+    """Its savepoint was rolled back."""
+
+    def follow(self, transaction: SessionTransaction, parent: SessionTransaction, *, kept: bool) -> None:
+        """Go over to what is around a savepoint when that ends."""
+        if self.savepoint is transaction:
+            self.undone = not kept
+            self.savepoint = parent if kept and parent.nested else None
+
+
+@define(eq=False, repr=False, kw_only=True)
+class RegisteredHook(Mark):
+    """A hook, and the outcome it waits for."""
+
+    run: Hook
+    on_commit: bool
+
+
+@define(eq=False, repr=False, kw_only=True)
+class Doom(Mark):
+    """Why the transaction can only be rolled back."""
+
+    reason: str
+    cause: BaseException | None
+
+
+@define(eq=False, repr=False)
+class Hooks:
+    """The hooks of one unit; made when the first one is registered."""
+
+    database: str
+    after: list[RegisteredHook] = Factory(list[RegisteredHook])
+    before: list[RegisteredHook] = Factory(list[RegisteredHook])
+    begin: list[BeginHook] = Factory(list[BeginHook])
+    dooms: list[Doom] = Factory(list[Doom])
+    due: list[RegisteredHook] = Factory(list[RegisteredHook])
+    """What an outcome that is known has still to run: a cancellation may have come with a COMMIT."""
+    atomic: bool = False
+    """The transaction is committed together with those of other databases."""
+
+    @property
+    def doom(self) -> Doom | None:
+        """What forbids COMMIT, if anything does; the owner's own word comes before a failure."""
+        dooms = [doom for doom in self.dooms if not doom.undone]
+        return next((doom for doom in dooms if doom.reason is ROLLBACK_ONLY), dooms[0] if dooms else None)
+
+    @property
+    def rollback_only(self) -> bool:
+        """Whether the owner has given the transaction up, which is no surprise to anybody."""
+        return self.doom is not None and self.doom.reason is ROLLBACK_ONLY
+
+    def refuse_commit(self) -> None:
+        """Raise ``UnexpectedRollbackError`` if the transaction can only be rolled back."""
+        if self.atomic:
+            remedy = "atomic() commits it with those of the other databases when its block ends"
+            raise TransactionBegunError(self.database, remedy)
+        if self.doom is not None:
+            raise UnexpectedRollbackError(self.database, self.doom.reason) from self.doom.cause
+
+    def begun(self, connection: Connection) -> None:
+        """Run what belongs before the first statement of a transaction, or leave nothing to run it on."""
+        try:
+            for hook in self.begin:
+                _begin_by(hook, connection)
+        except BaseException:
+            connection.invalidate()  # no statement may follow that counts on the hook
+            raise
+
+    async def before_commit(self) -> None:
+        """Run what belongs into the transaction that is about to be committed; an error stops COMMIT."""
+        while self.before:
+            hook = self.before.pop(0)
+            if hook.undone:
+                continue
+            try:
+                result = hook.run()
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as error:
+                self.dooms.append(Doom(savepoint=None, reason=_HOOK_FAILED, cause=error))
+                raise
+
+    def decide(self, *, committed: bool) -> None:
+        """Part the hooks of an outcome from those that are registered from now on; it lifts the mark."""
+        # the hook of a savepoint that was rolled back saw a rollback, whatever became of the rest
+        self.due += [hook for hook in self.after if hook.on_commit == (committed and not hook.undone)]
+        self.drop()
+
+    async def settled(self, *, committed: bool) -> None:
+        """Run the hooks of an outcome, each isolated from the others.
+
+        A cancellation ends the hook that it arrives in, and goes on when the others have run.
+        """
+        self.decide(committed=committed)
+        hooks, self.due = self.due, []
+        cancelled: asyncio.CancelledError | None = None
+        for hook in hooks:
+            try:
+                result = hook.run()
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
+            except asyncio.CancelledError as error:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    cancelled = error
+                else:
+                    logger.exception("A hook of %s awaited what was cancelled: %r", self.database, hook.run)
+        if cancelled is not None:
+            raise cancelled
+
+    def drop(self) -> None:
+        """Forget the hooks whose outcome is unknown."""
+        self.after, self.before, self.dooms = [], [], []
+
+    def follow(self, transaction: SessionTransaction, outcome: bool | None) -> None:  # noqa: FBT001  # an event
+        """Follow a transaction's or savepoint's end; called by SQLAlchemy inside its greenlet.
+
+        The outcome is True for a savepoint that was released, None for unknown: then no hook runs. A COMMIT
+        has decided its hooks before.
+        """
+        parent = transaction.parent
+        if parent is not None:
+            for mark in (*self.after, *self.before, *self.dooms):
+                mark.follow(transaction, parent, kept=bool(outcome))
+        elif outcome is None:
+            self.drop()
+        else:
+            await_only(self.settled(committed=False))
+
+
+def _begin_by(hook: BeginHook, connection: Connection) -> None:
+    result = hook(connection)
+    if inspect.iscoroutine(result):
+        result.close()
+        message = f"an on_begin hook must be a plain function, and {shown(hook)} returned a coroutine."
+        raise TypeError(message)

@@ -1,0 +1,178 @@
+"""The connection pool of one database: what it says of itself, deadlines, and the warning when it fills."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from attrs import define, frozen
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from ._options import optional_count, optional_seconds, positive, shown
+from ._pool_status import PoolStatus
+from .exceptions import ConfigurationError, PoolTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.pool import Pool
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+def pool_status(pool: Pool) -> PoolStatus:
+    """Ask a pool; only a queue counts its connections."""
+    if not isinstance(pool, QueuePool):
+        return PoolStatus(pool_class=type(pool).__name__)
+    overflow = pool._max_overflow  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    limited = overflow >= 0
+    checked_out = pool.checkedout()
+    capacity = pool.size() + overflow if limited else None
+    return PoolStatus(
+        pool_class=type(pool).__name__,
+        size=pool.size(),
+        max_overflow=overflow if limited else None,
+        capacity=capacity,
+        checked_in=pool.checkedin(),
+        checked_out=checked_out,
+        available=None if capacity is None else max(0, capacity - checked_out),
+        saturation=checked_out / capacity if capacity else None,
+    )
+
+
+@frozen(kw_only=True, eq=False)
+class Limits:
+    """In how many seconds a session must have its connection, and with how many others at a time."""
+
+    timeout: float | None
+    """None is the pool's own."""
+    places: asyncio.Semaphore | None
+
+
+def limits_of(
+    name: str, timeout: object, max_concurrent: object, outer: Limits | None = None
+) -> Limits | None:
+    """Return limits, checked; what is not asked for is as around."""
+    seconds = optional_seconds(name, timeout)
+    limit = optional_count("max_concurrent", max_concurrent)
+    if seconds is None and limit is None:
+        return outer
+    if outer is not None and seconds is None:
+        seconds = outer.timeout
+    places = None if outer is None else outer.places
+    return Limits(timeout=seconds, places=places if limit is None else asyncio.Semaphore(limit))
+
+
+@define(eq=False, repr=False)
+class Checkout:
+    """How one session comes to its connections, within limits.
+
+    The place among the others is taken before the connection and given back with it.
+    """
+
+    database: str
+    limits: Limits
+    placed: bool = False
+
+    def before_statement(self, session: Session, outer_holds: Callable[[], bool] | None) -> None:
+        """Check a connection out if the transaction has none; called inside SQLAlchemy's greenlet."""
+        pool = session.get_bind().engine.pool
+        timeout = self.limits.timeout
+        if timeout is None and isinstance(pool, QueuePool):
+            timeout = pool.timeout()
+        deadline = asyncio.timeout(timeout)
+        try:
+            await_only(self._check_out(session, deadline))
+        except TimeoutError as error:
+            if timeout is None or not deadline.expired():
+                raise  # a driver's own
+            status = pool_status(pool)
+            remedy = NO_PLACE
+            if self.limits.places is None or self.placed:
+                remedy = _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
+            raise PoolTimeoutError(self.database, timeout, status, remedy) from error
+
+    async def _check_out(self, session: Session, deadline: asyncio.Timeout) -> None:
+        async with deadline:
+            if self.limits.places is not None and not self.placed:
+                await self.limits.places.acquire()
+                self.placed = True
+            await greenlet_spawn(Session.connection, session)
+
+    def after_operation(self, session: Session) -> None:
+        """Give the place back once no transaction is open."""
+        if self.placed and self.limits.places is not None and not session.in_transaction():
+            self.placed = False
+            self.limits.places.release()
+
+
+NO_PLACE: Final = (
+    "max_concurrent units of this block have one, this task's own perhaps among them, so raise it, or end "
+    "their transactions sooner"
+)
+_NESTED: Final = (
+    "this unit stands inside one that holds a connection itself, so end that one's transaction first, or, in "
+    "the same task, join it by propagation='required' or 'nested'"
+)
+_UNREACHABLE: Final = "the pool has room, so look why the database does not let a new connection in"
+_BUSY: Final = "hold connections for a shorter time, or give engine_args a larger pool_size"
+
+
+def remedy_for(outer_holds: Callable[[], bool] | None) -> str:
+    """Return what to do about a pool whose connections are all in use."""
+    return _NESTED if outer_holds is not None and outer_holds() else _BUSY
+
+
+@define(eq=False, repr=False)
+class SaturationWarning:
+    """Logs a WARNING when so large a part of a pool is checked out, and not again for some seconds."""
+
+    threshold: float
+    interval: float
+    warned: float | None = None
+
+    def watch(self, database: str, engine: Engine) -> None:
+        """Look at every checkout from the engine's pool, also from one that takes its place."""
+
+        def checkout(*_: object) -> None:
+            self.look(database, pool_status(engine.pool))
+
+        event.listen(engine, "checkout", checkout)
+
+    def look(self, database: str, status: PoolStatus) -> None:
+        """Warn of what was just checked out."""
+        now = monotonic()
+        full = status.saturation is not None and status.saturation >= self.threshold
+        if full and (self.warned is None or now - self.warned >= self.interval):
+            self.warned = now
+            logger.warning(
+                "%s: %s of %s connections are checked out: hold them for a shorter time, admit fewer "
+                "requests by max_concurrent_requests=, or give engine_args a larger pool_size.",
+                database,
+                status.checked_out,
+                status.capacity,
+            )
+
+
+def saturation_warning(engine: Engine, threshold: object, interval: object) -> SaturationWarning | None:
+    """Return the warning that a middleware asks for, checked."""
+    seconds = positive("pool_warn_interval", interval)
+    if threshold is None:
+        return None
+    part = positive("pool_warn_threshold", threshold)
+    if part > 1:
+        message = f"pool_warn_threshold must be a part of the pool, at most 1, not {shown(threshold)}."
+        raise ConfigurationError(message)
+    if pool_status(engine.pool).capacity is None:
+        message = (
+            f"pool_warn_threshold needs a pool with a limit, and this {type(engine.pool).__name__} has none: "
+            "leave it out, or give engine_args another pool_size, max_overflow or poolclass."
+        )
+        raise ConfigurationError(message)
+    return SaturationWarning(part, seconds)

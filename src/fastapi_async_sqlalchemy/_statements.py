@@ -1,0 +1,24 @@
+"""What the text of a statement says of it: its verb, and whether it only reads."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+READS: Final = frozenset(
+    {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA", "RELEASE"}
+)
+"""Verbs of statements that leave nothing to commit."""
+_VERB: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
+_WRITING_CTE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+
+
+def verb_of(statement: str) -> str:
+    """Return the first word, after blanks, brackets and comments."""
+    found = _VERB.match(statement)
+    return found[1].upper() if found else ""
+
+
+def has_writing_part(statement: str) -> bool:
+    """Whether a ``WITH`` may write: a word in a text that it quotes counts, too."""
+    return _WRITING_CTE.search(statement) is not None

@@ -1,0 +1,54 @@
+"""Results whose rows are still at the server: what ``stream()`` returns until it has been read."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+from weakref import ref
+
+from attrs import frozen
+from sqlalchemy.engine import CursorResult, Result
+
+_UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
+"""Dialects whose connections forget the rows that are left when another statement is sent."""
+
+
+@frozen(eq=False, repr=False)
+class Stream:
+    """One such result, held weakly: what nobody has any more will not be read."""
+
+    _held: ref[Any]
+    """The result; of a ``CursorResult``, which takes no weak reference, its context, which lives as long."""
+    _cursor: dict[str, Any]
+    """The attributes of the ``CursorResult``, which do not lead back to it."""
+    unbuffered: bool
+
+    @property
+    def unread(self) -> bool:
+        """Whether somebody has it and has not read it to its end."""
+        held = self._held()
+        # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
+        return held is not None and not getattr(held, "_soft_closed", self._exhausted)
+
+    @property
+    def between_rows(self) -> bool:
+        """Whether somebody has it and the server has more rows."""
+        return self._held() is not None and not self._exhausted
+
+    @property
+    def _exhausted(self) -> bool:
+        return bool(self._cursor.get("_soft_closed"))
+
+    def close(self) -> None:
+        """Let go of the rows that are left: some drivers will not commit over them."""
+        held = self._held()
+        if held is not None and self.unread:
+            (held if isinstance(held, Result) else held.cursor).close()
+
+
+def stream_of(result: Result[Any]) -> Stream | None:
+    """Watch a result; None is for one that came from memory."""
+    cursor: Any = getattr(result, "raw", result)
+    if not isinstance(cursor, CursorResult):
+        return None
+    held = cursor.context if cursor is result else result
+    return Stream(ref(held), vars(cursor), cursor.dialect.name in _UNBUFFERED)

@@ -1,0 +1,131 @@
+"""A unit of work for each task that asks for one, settled with its task's own outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import current_task
+from typing import TYPE_CHECKING, Any, Generic
+from weakref import WeakKeyDictionary
+
+from attrs import Factory, define
+
+from ._database import S_co
+from ._ending import to_completion
+from ._unit import UnitOfWork
+from .exceptions import UnitClosedError
+
+if TYPE_CHECKING:
+    from ._database import Database, Terms
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+@define(eq=False, repr=False)
+class TaskUnits(Generic[S_co]):
+    """Stands in the variable inside ``async with db(multi_sessions=True):``.
+
+    Units are held by their tasks, and weakly: a task that has ended leaves nothing behind.
+    """
+
+    terms: Terms[S_co]
+    owner: asyncio.Task[Any]
+    """The task of the block, whose unit shares the block's outcome."""
+    outer: Any
+    """What was current where the block was opened."""
+    opened: None = None
+    closed: bool = False
+    units: WeakKeyDictionary[asyncio.Task[Any], UnitOfWork[S_co]] = Factory(
+        WeakKeyDictionary["asyncio.Task[Any]", "UnitOfWork[Any]"]
+    )
+    ending: set[asyncio.Task[None]] = Factory(set["asyncio.Task[None]"])
+    errors: list[Exception] = Factory(list[Exception])
+    """Of COMMITs whose tasks had ended already; raised at the end of the block."""
+
+    @property
+    def database(self) -> Database[S_co]:
+        """The database of the units."""
+        return self.terms.database
+
+    @property
+    def session(self) -> S_co:
+        """The session of the task that asks."""
+        return self.here().session
+
+    def here(self) -> UnitOfWork[S_co]:
+        """Return the unit of the task that asks, made when it first does."""
+        if self.closed:
+            raise UnitClosedError(self.database.name)
+        try:
+            task = current_task() or self.owner
+        except RuntimeError:  # a thread
+            task = self.owner
+        unit = self.units.get(task)
+        if unit is None:
+            self.units[task] = unit = UnitOfWork(self.terms, self.outer)
+            if task is not self.owner:
+                task.add_done_callback(self._end)
+        return unit
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        """Settle the unit of a task that has ended, in a task of its own."""
+        unit = self.units.pop(task, None)
+        if unit is None:
+            return
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # asking for it has told asyncio that somebody knows
+            logger.warning(
+                "%s failed in a unit of %s, which is rolled back", task, self.database.name, exc_info=error
+            )
+        ending = task.get_loop().create_task(self._settle(unit, failed=task.cancelled() or error is not None))
+        self.units[ending] = unit  # its hooks find it as theirs
+        self.ending.add(ending)
+        ending.add_done_callback(self._ended)
+
+    def _ended(self, ending: asyncio.Task[None]) -> None:
+        self.ending.discard(ending)
+        self.units.pop(ending, None)
+
+    async def _settle(self, unit: UnitOfWork[S_co], *, failed: bool) -> None:
+        try:
+            await unit.finish(commit=False if failed else self.terms.commit_on_exit or None)
+        except Exception as error:
+            logger.exception("COMMIT on %s failed after its task had ended", self.database.name)
+            self.errors.append(error)
+
+    async def close(self, *, failed: bool) -> None:
+        """Wait for the tasks that have a unit and settle the owner's, or give all units up."""
+        own = self.units.get(self.owner)
+        try:
+            if not failed:
+                await self._wait()
+                if own is not None:
+                    await own.finish(commit=self.terms.commit_on_exit or None)
+                await self._wait()  # for who has come meanwhile
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            self.closed = True
+            if failed:
+                await to_completion(self._abandon())
+        if not failed and self.errors:
+            raise self.errors[0] if len(self.errors) == 1 else ExceptionGroup(_SEVERAL, self.errors)
+
+    async def _wait(self) -> None:
+        """Wait until no task but the owner has a unit."""
+        while others := set(self.units) - {self.owner} | self.ending:
+            await asyncio.wait(others)
+            for task in others - self.ending:
+                self._end(task)
+
+    async def _abandon(self) -> None:
+        for task, unit in list(self.units.items()):
+            if task not in self.ending:
+                await unit.abandon()
+        if self.ending:
+            await asyncio.wait(self.ending)
+        self.units.clear()
+
+
+_SEVERAL = "several units of work could not be committed"

@@ -1,0 +1,206 @@
+"""Finishes what a crash has left of ``atomic()``: ``python -m fastapi_async_sqlalchemy.recovery URL URL``.
+
+A prepared transaction holds its locks until somebody commits it or rolls it back, over restarts of the
+server too. One of them is the witness, prepared last and committed last: where it is found, all had been
+prepared, and the rest is committed; where it is not, nothing had been committed, and all are rolled back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql import text
+
+from ._atomic import Branch, address_of, group_of
+from ._options import async_engine, boolean, create_engine, place_of, positive, shown
+from .exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 0)
+"""Seconds between looks at whether somebody else has finished what cannot be had."""
+_GROUP = re.compile(r"[0-9a-f]{8}")
+_LEFT_ALONE = (
+    "%s on %s belongs to other databases, and is left alone: recover it with the URLs that its application "
+    "uses, or, where these are its databases and have moved, all of them, by group=%r (--group)."
+)
+
+__all__ = ["Resolved", "main", "recover"]
+
+
+@frozen
+class Resolved:
+    """What was done with one prepared transaction of a database."""
+
+    name: str
+    database: str
+    committed: bool
+    """Else rolled back."""
+
+
+async def recover(
+    *engines: AsyncEngine, older_than: float = 600.0, dry_run: bool = False, group: str | None = None
+) -> list[Resolved]:
+    """Commit or roll back what ``atomic()`` has left prepared on these databases, which must be all of its.
+
+    Leaves transactions alone that began less than ``older_than`` seconds ago: they may be under way. With
+    ``dry_run`` it only tells. Run it again after an error, or several at a time; nothing is decided twice in
+    different ways. Transactions of other sets of databases, told apart by what the URLs say of host, port and
+    database, are left alone, with a WARNING that names them; for databases that have moved since, ``group``
+    is the name of the set as that WARNING says it.
+    """
+    resolved, _ = await _resolve(engines, older_than, group, dry_run=dry_run)
+    return resolved
+
+
+async def _resolve(
+    engines: Sequence[AsyncEngine], older_than: float, group: str | None, *, dry_run: bool
+) -> tuple[list[Resolved], int]:
+    """Do what ``recover()`` says; returns also how many transactions of other sets were left alone."""
+    boolean("dry_run", dry_run)
+    addresses = {address_of(async_engine("engines", engine).url) for engine in engines}
+    if len(addresses) < max(2, len(engines)):
+        message = "engines must be all databases of the transactions, each once: give two or more."
+        raise ConfigurationError(message)
+    oldest, group = time.time() - positive("older_than", older_than), _group(group, engines)
+    found: dict[Branch, AsyncEngine] = {}
+    for engine in engines:
+        for branch in await _prepared(engine):
+            if branch.begun <= oldest:
+                found.setdefault(branch, engine)  # MariaDB shows all of the server
+    ours = sorted(branch for branch in found if branch.group == group)  # the witnesses last
+    for branch in found.keys() - ours:
+        logger.warning(_LEFT_ALONE, branch, place_of(found[branch].url), branch.group)
+    complete = {branch.transaction for branch in ours if branch.witness}
+    resolved: list[Resolved] = []
+    for branch in ours:
+        engine, committed = found[branch], branch.transaction in complete
+        if dry_run or await _finish(engine, branch, committed=committed):
+            resolved.append(Resolved(str(branch), str(place_of(engine.url)), committed))
+    return resolved, len(found) - len(ours)
+
+
+def _group(value: object, engines: Sequence[AsyncEngine]) -> str:
+    if value is None:
+        return group_of(engines)
+    if not isinstance(value, str) or _GROUP.fullmatch(value) is None:
+        message = f"group must be the eight letters and digits of a warning of recover(), not {shown(value)}."
+        raise ConfigurationError(message)
+    return value
+
+
+@contextmanager
+def _naming(engine: AsyncEngine) -> Generator[None]:
+    """Let an error of the database tell which one it is of."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(str(place_of(engine.url)))
+        raise
+
+
+async def _prepared(engine: AsyncEngine) -> list[Branch]:
+    with _naming(engine):
+        async with engine.connect() as connection:
+            return await _listed(connection)
+
+
+async def _listed(connection: AsyncConnection) -> list[Branch]:
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
+        query = text("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
+        names = list(await connection.scalars(query))
+    elif dialect in {"mysql", "mariadb"}:
+        rows = (await connection.execute(text("XA RECOVER"))).mappings()
+        names = [_decoded(row["data"]) for row in rows]
+    else:
+        message = f"{dialect} has no prepared transactions: leave it out."
+        raise ConfigurationError(message)
+    branches = (Branch.parse(name) for name in names)
+    return [branch for branch in branches if branch is not None]
+
+
+def _decoded(name: bytes | str) -> str:
+    """Return the name of a transaction, which may be any bytes to MariaDB."""
+    return name if isinstance(name, str) else name.decode(errors="replace")
+
+
+async def _finish(engine: AsyncEngine, branch: Branch, *, committed: bool) -> bool:
+    """Commit or roll back; returns False where it is gone by now, since somebody else has finished it."""
+    verb = "COMMIT" if committed else "ROLLBACK"
+    statement = (
+        f"{verb} PREPARED '{branch}'" if engine.dialect.name == "postgresql" else f"XA {verb} '{branch}'"
+    )
+    with _naming(engine):
+        try:
+            async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+                await connection.exec_driver_sql(statement)
+        except DBAPIError:  # MariaDB says the same of one that is gone, in work, or held by a connection
+            for pause in _PAUSES:
+                if branch not in await _prepared(engine):
+                    return False
+                await asyncio.sleep(pause)
+            raise
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastapi_async_sqlalchemy.recovery",
+        description="Commit or roll back what atomic() has left prepared after a crash.",
+    )
+    parser.add_argument(
+        "url", nargs="+", help="each database of the transactions; env:NAME reads a URL from the environment"
+    )
+    parser.add_argument(
+        "--older-than", type=float, default=600.0, metavar="SECONDS", help="what is younger may be under way"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
+    parser.add_argument("--group", help="the name of the set of databases, where they have moved since")
+    options = parser.parse_args(arguments)
+    try:
+        urls = [os.environ[url[4:]] if url.startswith("env:") else url for url in options.url]
+        resolved, left = asyncio.run(_run(urls, options.older_than, options.group, dry_run=options.dry_run))
+    except KeyError as error:
+        parser.error(f"the environment has no {error}")
+    except ConfigurationError as error:
+        parser.error(str(error))
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            raise
+        said = str(error).partition("\n")[0]
+        parser.exit(1, f"{error.__notes__[0]}: {type(error).__name__}: {said}\n")
+    for one in resolved:
+        print(f"{'commit' if one.committed else 'roll back'} {one.name} on {one.database}")  # noqa: T201
+    if left:
+        parser.exit(1)
+
+
+async def _run(
+    urls: Sequence[str], older_than: float, group: str | None, *, dry_run: bool
+) -> tuple[list[Resolved], int]:
+    engines = [create_engine("url", url, None) for url in urls]
+    try:
+        return await _resolve(engines, older_than, group, dry_run=dry_run)
+    finally:
+        for engine in engines:
+            await engine.dispose()
+
+
+if __name__ == "__main__":
+    main()
