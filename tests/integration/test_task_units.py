@@ -616,7 +616,7 @@ async def test_many_tasks(sqlite_worker: Site, record_property: Callable[[str, o
     record_property("bytes grown", growth)
     # A pointer for each task would be a leak, which every walk shows; a table that something else makes anew,
     # as SQLAlchemy of all proxies in this process, is seen in one of them.
-    assert min(growth) < 8 * MANY
+    assert min(growth) < 4 * MANY
 
 
 # A connection.
