@@ -13,7 +13,7 @@ from attrs import Factory, define, evolve
 from starlette.responses import PlainTextResponse
 
 from ._context import UnitScope, open_unit
-from ._database import Database, S_co, Terms
+from ._database import S_co
 from ._ending import to_completion
 from ._options import boolean, optional_count, optional_seconds, shown
 from .exceptions import ConfigurationError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ._context import Current
+    from ._database import Database, Terms
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def children_of(
         boolean("commit_on_exit", commit_on_exit)
     _ = database.engine
     found = open_unit(current)
-    terms = Terms(database, database.settings) if found is None else found.terms
+    terms = database.terms[False] if found is None else found.terms
     if terms.settings.twophase:  # they end on their own
         terms = evolve(terms, make=None, settings=database.settings)
     if session_args is not None:

@@ -44,6 +44,11 @@ class Database(Generic[S_co]):
     )
     """What makes sessions whose transactions have other settings, made when first asked for."""
     _watch: Watch = Factory(lambda self: Watch(self._label()), takes_self=True)
+    terms: tuple[Terms[S_co], Terms[S_co]] = Factory(
+        lambda self: (Terms(self, self.settings), Terms(self, self.settings, commit_on_exit=True)),
+        takes_self=True,
+    )
+    """Those of units that ask for nothing else, without `commit_on_exit` and with it."""
 
     def __repr__(self) -> str:
         return f"<Database {self.name}{'' if self.connected else ', no engine'}>"

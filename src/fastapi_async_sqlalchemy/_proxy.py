@@ -134,7 +134,8 @@ class SessionProxy(Handle[S_co]):
             make = database.maker(session_args, settings)
         if pool_timeout is not None or max_concurrent is not None:
             limits = limits_of("pool_timeout", pool_timeout, max_concurrent)
-        new = UnitScope(Terms(database, settings, make, limits, commit_on_exit), self.current)
+        asked = Terms(database, settings, make, limits, commit_on_exit) if make or limits else None
+        new = UnitScope(asked or database.terms[commit_on_exit], self.current)
         if multi_sessions is not False or max_concurrent is not None:
             return self._for_each_task(new, multi_sessions, propagation, (wait_for, timeout, fallback))
         if wait_for is not None or timeout is not None or fallback is not None:

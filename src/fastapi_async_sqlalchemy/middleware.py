@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from ._concurrency import admission, unavailable
 from ._context import NoUnit
-from ._database import Database, S_co, Terms
+from ._database import Database, S_co
 from ._options import async_engine, boolean, commit_policy, create_engine, paths, session_class_of, shown
 from ._pool import saturation_warning
 from ._proxy import SessionProxy, new_database
@@ -106,7 +106,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._policy = commit_policy(commit_on_exit, commit_when)
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
-        self._terms = Terms(database, database.settings, commit_on_exit=self._policy.commit_on_exit)
+        self._terms = database.terms[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._engine = self._own_or_given(db_url, custom_engine, engine_args)
         self._owned = db_url is not None
