@@ -338,7 +338,7 @@ TOGETHER: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda db, _: db(wait_for=POSITION, propagation=URLS["plain"]),
         "^propagation must be one of",
     ),
-    "one database": (lambda db, _: atomic(db), r"^atomic\(\) takes two databases.*: use `db\(\)` for one"),
+    "one database": (lambda db, _: atomic(*[db]), r"^atomic\(\) takes two databases.*: use `db\(\)` for one"),
     "a database twice": (lambda db, _: atomic(db, db), r"^atomic\(\) takes two databases or more"),
     "a database without two phases": (
         lambda db, _: atomic(db, sqlite_db()),

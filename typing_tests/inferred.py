@@ -1,7 +1,7 @@
 """What type checkers infer: each public name and member is asserted, and no line may be an error."""
 
 from asyncio import Task
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Literal, assert_type
 
@@ -150,6 +150,8 @@ behind_pgbouncer: EngineArgs = {**pgbouncer_engine_args(timeout=5), "pool_size":
 assert_type(engine_args.get("pool_timeout", 30.0), float)
 assert_type(engine_args.get("echo"), bool | Literal["debug"] | None)
 assert_type(engine_args.get("isolation_level"), EngineIsolationLevel | None)
+assert_type(engine_args.get("connect_args"), Mapping[str, object] | None)
+assert_type(engine_args.get("json_deserializer"), Callable[[str], object] | None)
 assert_type(session_args, SessionArgs)
 assert_type(session_args.get("class_"), type[AsyncSession] | None)
 assert_type(session_args.get("expire_on_commit"), bool | None)
@@ -329,6 +331,7 @@ async def both(ledger: SessionProxy[AuditSession]) -> int:
     assert_type(atomic(orders, ledger), AbstractAsyncContextManager[None, None])
     databases: list[SessionProxy[AsyncSession]] = [orders, ledger, heroes]
     assert_type(atomic(*databases), AbstractAsyncContextManager[None, None])
+    assert_type(atomic(orders, *databases), AbstractAsyncContextManager[None, None])
     async with atomic(orders, ledger) as nothing_:
         assert_type(nothing_, None)
         assert_type(ledger.session, AuditSession)
@@ -339,6 +342,7 @@ async def recovered(engines: list[AsyncEngine]) -> None:
     found = await recover(*engines, older_than=60, dry_run=True, group=None)
     assert_type(found, list[Resolved])
     assert_type(await recover(db.engine, orders.engine), list[Resolved])
+    assert_type(await recover(db.engine, *engines), list[Resolved])
     one = Resolved(name="uow_1", database="postgresql+asyncpg://db1/shop", committed=False)
     assert_type(one.name, str)
     assert_type(one.database, str)
@@ -444,6 +448,14 @@ async def kept_errors(*, keep: bool) -> None:
             Order | BaseException,
             int | BaseException,
             bool | BaseException,
+        ],
+    )
+    await assert_type(
+        o.gather(exists(1), exists(2), nothing(), nothing(), return_exceptions=keep),
+        Coroutine[
+            None,
+            None,
+            tuple[bool | BaseException, bool | BaseException, BaseException | None, BaseException | None],
         ],
     )
     several = [customer_of(number) for number in range(3)]

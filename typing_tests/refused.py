@@ -130,6 +130,14 @@ create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  #
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 narrower: SessionProxy[OrderSession] = db  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 no_session: SessionProxy[int]  # type: ignore[type-var]  # pyright: ignore[reportInvalidTypeArguments]
+SessionProxy()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+SessionProxy[AuditSession]()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+SessionProxy(made_by_the_library=AuditSession)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+UnitOfWork[AuditSession]()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+UnitOfWork(AuditSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnitOfWork(made_by_the_library=AuditSession())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+UnitTaskGroup[AuditSession]()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+UnitTaskGroup(made_by_the_library=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 other_unit: UnitOfWork[AuditSession] = orders.unit  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
 
@@ -217,25 +225,31 @@ pgbouncer_engine_args({"timeout": 5})  # type: ignore[call-arg]  # pyright: igno
 
 
 async def both() -> None:
+    atomic()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    atomic(orders)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    atomic(first=orders, second=audit)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     atomic(orders, OrderMiddleware)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     atomic(orders.engine, audit.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    atomic([orders, audit])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    atomic([orders, audit])  # type: ignore[arg-type, call-arg]  # pyright: ignore[reportCallIssue]
     atomic(orders(), audit())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     atomic(databases=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     with atomic(orders, audit):  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
         pass
     async with atomic(orders, audit) as unit:
         unit.session  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-    recover(db.engine)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
-    await recover("postgresql+asyncpg://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db.engine, older_than="60")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db.engine, older_than=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db.engine, group=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db.engine, dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    await recover(db.engine, 60.0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    [found] = await recover(db.engine)
+    recover(db.engine, orders.engine)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    await recover()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await recover(db.engine)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await recover(first=db.engine, second=orders.engine)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await recover(db.engine, "postgresql+asyncpg://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, db)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, orders.engine, older_than="60")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, orders.engine, older_than=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, orders.engine, group=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, orders.engine, dry_run="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await recover(db.engine, orders.engine, 60.0)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    [found] = await recover(db.engine, orders.engine)
     found.committed = True  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
 
 

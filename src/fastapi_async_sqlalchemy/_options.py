@@ -40,17 +40,17 @@ class EngineArgs(TypedDict, total=False):
     """Keyword arguments of ``create_async_engine()``, as SQLAlchemy 2.0 and 2.1 document them."""
 
     async_creator: Callable[[], Awaitable[object]]
-    connect_args: Mapping[str, Any]
+    connect_args: Mapping[str, object]
     creator: Callable[[], DBAPIConnection] | Callable[[ConnectionPoolEntry], DBAPIConnection]
     echo: bool | Literal["debug"] | None
     echo_pool: bool | Literal["debug"] | None
     enable_from_linting: bool
-    execution_options: Mapping[str, Any]
+    execution_options: Mapping[str, object]
     hide_parameters: bool
     implicit_returning: Literal[True]
     insertmanyvalues_page_size: int
     isolation_level: EngineIsolationLevel
-    json_deserializer: Callable[[str], Any]
+    json_deserializer: Callable[[str], object]
     json_serializer: Callable[[Any], str]
     label_length: int | None
     logging_name: str
@@ -87,7 +87,7 @@ class SessionArgs(TypedDict, total=False):
     class_: type[AsyncSession]
     close_resets_only: bool
     enable_baked_queries: bool
-    execution_options: Mapping[str, Any]
+    execution_options: Mapping[str, object]
     expire_on_commit: bool
     info: dict[Any, Any]
     join_transaction_mode: Literal[
@@ -137,7 +137,7 @@ def place_of(url: URL) -> URL:
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
 
 
-def pgbouncer_engine_args(**connect_args: Any) -> EngineArgs:
+def pgbouncer_engine_args(**connect_args: object) -> EngineArgs:
     """Return ``engine_args`` for asyncpg behind PgBouncer's transaction pooling, and more ``connect_args``.
 
     No statement is kept from one transaction to the next, which another server connection may serve: they

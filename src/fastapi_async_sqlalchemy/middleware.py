@@ -88,8 +88,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         app: ASGIApp,
         db_url: str | URL | None = None,
         custom_engine: AsyncEngine | None = None,
-        engine_args: EngineArgs | Mapping[str, Any] | None = None,
-        session_args: SessionArgs | Mapping[str, Any] | None = None,
+        engine_args: EngineArgs | Mapping[str, object] | None = None,
+        session_args: SessionArgs | Mapping[str, object] | None = None,
         commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # likewise
         *,
         exclude_paths: Iterable[str] | None = None,
@@ -129,7 +129,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     def _own_or_given(
         db_url: str | URL | None,
         custom_engine: AsyncEngine | None,
-        engine_args: EngineArgs | Mapping[str, Any] | None,
+        engine_args: EngineArgs | Mapping[str, object] | None,
     ) -> AsyncEngine | None:
         if custom_engine is None:
             return None if db_url is None else create_engine("db_url", db_url, engine_args)

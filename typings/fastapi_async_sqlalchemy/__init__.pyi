@@ -2,7 +2,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import ModuleType, TracebackType
-from typing import Any, Generic, Literal, NewType, Self, TypeAlias, TypedDict, overload
+from typing import Any, Generic, Literal, Never, NewType, Self, TypeAlias, TypedDict, overload
 
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -96,17 +96,17 @@ IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEA
 
 class EngineArgs(TypedDict, total=False):
     async_creator: Callable[[], Awaitable[object]]
-    connect_args: Mapping[str, Any]
+    connect_args: Mapping[str, object]
     creator: Callable[[], DBAPIConnection] | Callable[[ConnectionPoolEntry], DBAPIConnection]
     echo: bool | Literal["debug"] | None
     echo_pool: bool | Literal["debug"] | None
     enable_from_linting: bool
-    execution_options: Mapping[str, Any]
+    execution_options: Mapping[str, object]
     hide_parameters: bool
     implicit_returning: Literal[True]
     insertmanyvalues_page_size: int
     isolation_level: EngineIsolationLevel
-    json_deserializer: Callable[[str], Any]
+    json_deserializer: Callable[[str], object]
     json_serializer: Callable[[Any], str]
     label_length: int | None
     logging_name: str
@@ -128,8 +128,13 @@ class EngineArgs(TypedDict, total=False):
     skip_autocommit_rollback: bool
     use_insertmanyvalues: bool
 
-def pgbouncer_engine_args(**connect_args: Any) -> EngineArgs: ...
-def atomic(*databases: SessionProxy[AsyncSession]) -> AbstractAsyncContextManager[None, None]: ...
+def pgbouncer_engine_args(**connect_args: object) -> EngineArgs: ...
+def atomic(
+    first: SessionProxy[AsyncSession],
+    second: SessionProxy[AsyncSession],
+    /,
+    *databases: SessionProxy[AsyncSession],
+) -> AbstractAsyncContextManager[None, None]: ...
 
 class SessionArgs(TypedDict, total=False):
     autobegin: bool
@@ -138,7 +143,7 @@ class SessionArgs(TypedDict, total=False):
     class_: type[AsyncSession]
     close_resets_only: bool
     enable_baked_queries: bool
-    execution_options: Mapping[str, Any]
+    execution_options: Mapping[str, object]
     expire_on_commit: bool
     info: dict[Any, Any]
     join_transaction_mode: Literal[
@@ -182,6 +187,7 @@ class PoolStatus(Mapping[str, str | int | float | None]):
     def __len__(self) -> int: ...
 
 class UnitTaskGroup(Generic[_S_co]):
+    def __init__(self, made_by_the_library: Never, /) -> None: ...
     async def __aenter__(self) -> Self: ...
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -191,6 +197,7 @@ class UnitTaskGroup(Generic[_S_co]):
     ) -> asyncio.Task[_T]: ...
 
 class UnitOfWork(Generic[_S_co]):
+    def __init__(self, made_by_the_library: Never, /) -> None: ...
     @property
     def opened(self) -> _S_co | None: ...
     @property
@@ -209,6 +216,7 @@ class UnitOfWork(Generic[_S_co]):
     def set_rollback_only(self) -> None: ...
 
 class SessionProxy(Generic[_S_co]):
+    def __init__(self, made_by_the_library: Never, /) -> None: ...
     @property
     def session(self) -> _S_co: ...
     @property
@@ -366,8 +374,8 @@ class SessionProxy(Generic[_S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> Coroutine[
-        Any,
-        Any,
+        None,
+        None,
         tuple[
             _T1 | BaseException,
             _T2 | BaseException,
@@ -390,8 +398,8 @@ class SessionProxy(Generic[_S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> Coroutine[
-        Any,
-        Any,
+        None,
+        None,
         tuple[
             _T1 | BaseException,
             _T2 | BaseException,
@@ -416,8 +424,8 @@ class SessionProxy(Generic[_S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> Coroutine[
-        Any,
-        Any,
+        None,
+        None,
         tuple[
             _T1 | BaseException,
             _T2 | BaseException,

@@ -1,5 +1,5 @@
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic
+from typing import Generic
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -20,8 +20,8 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         app: ASGIApp,
         db_url: str | URL | None = None,
         custom_engine: AsyncEngine | None = None,
-        engine_args: EngineArgs | Mapping[str, Any] | None = None,
-        session_args: SessionArgs | Mapping[str, Any] | None = None,
+        engine_args: EngineArgs | Mapping[str, object] | None = None,
+        session_args: SessionArgs | Mapping[str, object] | None = None,
         commit_on_exit: bool = False,
         *,
         exclude_paths: Iterable[str] | None = None,

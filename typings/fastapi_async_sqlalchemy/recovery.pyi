@@ -14,6 +14,12 @@ class Resolved:
     def committed(self) -> bool: ...
 
 async def recover(
-    *engines: AsyncEngine, older_than: float = 600.0, dry_run: bool = False, group: str | None = None
+    first: AsyncEngine,
+    second: AsyncEngine,
+    /,
+    *engines: AsyncEngine,
+    older_than: float = 600.0,
+    dry_run: bool = False,
+    group: str | None = None,
 ) -> list[Resolved]: ...
 def main(arguments: Sequence[str] | None = None) -> None: ...
