@@ -3,7 +3,7 @@
 from asyncio import Task
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Annotated, Any, Literal, assert_type
+from typing import Annotated, Any, Literal, Self, assert_type, overload
 
 from fastapi import Depends, FastAPI
 from sqlalchemy import URL, Connection, NullPool, func, select, text
@@ -57,6 +57,7 @@ from fastapi_async_sqlalchemy import (
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
 S = TypeVar("S", bound=AsyncSession)
+T = TypeVar("T")
 
 
 class Base(DeclarativeBase):
@@ -501,6 +502,7 @@ async def pools() -> None:
     assert_type(status.saturation, float | None)
     assert_type(status["saturation"], str | int | float | None)
     assert_type(dict(status), dict[str, str | int | float | None])
+    assert_type({**status}, dict[str, str | int | float | None])
     served: Mapping[str, str | int | float | None] = PoolStatus(pool_class="NullPool", size=5, saturation=0.2)
     assert_type(len(served), int)
 
@@ -529,11 +531,35 @@ class OrderService:
     async def find(self, number: int) -> Order | None:
         return await orders.session.get(Order, number)
 
+    @classmethod
+    @orders.transactional
+    async def made(cls, number: int) -> Self:
+        assert await exists(number)
+        return cls()
+
+    @staticmethod
+    @orders.transactional(retries=1)
+    async def first(kind: type[T]) -> T | None:
+        return await orders.session.scalar(select(kind))
+
+
+@overload
+async def doubled(value: int) -> int: ...
+@overload
+async def doubled(value: str) -> str: ...
+@orders.transactional
+async def doubled(value: int | str) -> int | str:
+    return value * 2
+
 
 async def transactional_functions() -> None:
     assert_type(await place("Ada", urgent=True), Order)
     assert_type(await count_orders(), int)
     assert_type(await OrderService().find(1), Order | None)
+    assert_type(await OrderService.made(1), OrderService)
+    assert_type(await OrderService.first(Order), Order | None)
+    assert_type(await doubled(1), int)
+    assert_type(await doubled("Ada"), str)
     assert_type(await orders.transactional(charge)(orders.unit, "Ada"), Order)
     nothing_again: Callable[[], Awaitable[None]] = db.transactional(retries=1)(nothing)
     await nothing_again()

@@ -1,10 +1,13 @@
 """What type checkers refuse: every keyword has a mistake, and each line an ignore that fails when unused."""
 
+from collections.abc import AsyncIterator
+
 from inferred import (
     AuditSession,
     Hero,
     Order,
     OrderMiddleware,
+    OrderService,
     OrderSession,
     app,
     audit,
@@ -12,6 +15,7 @@ from inferred import (
     by_function,
     charge,
     customer_of,
+    doubled,
     exists,
     on_connection,
     orders,
@@ -271,6 +275,13 @@ def no_coroutine_function() -> int:
     return 1
 
 
+async def generator() -> AsyncIterator[int]:
+    yield 1
+
+
+db.transactional(generator)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
+db.transactional(retries=3)(generator)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+db.transactional(OrderService)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
 db.transactional(no_coroutine_function)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
 db.transactional(function=by_coroutine_function)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 db.transactional(by_coroutine_function, retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
@@ -289,6 +300,10 @@ async def transactional_functions() -> None:
     await place(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await place("Ada", urgent="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     place("Ada")  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+    await OrderService.find(1)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
+    await OrderService.made("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await OrderService.first(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await doubled(1.5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     (await place("Ada")).upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     await db.dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.pool_status(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -1133,6 +1133,38 @@ async def test_transactional_commits_when_it_returns(
     assert await stage.site.notes() == ["aa", "b"]
 
 
+async def test_transactional_methods(sqlite_worker: Site) -> None:
+    """A method of any kind runs in a unit: the decorator stands below `@classmethod` and `@staticmethod`."""
+    db = sqlite_worker.db
+
+    class Notes:
+        @db.transactional
+        async def write(self, note: str) -> None:
+            await add(db, note)
+
+        @classmethod
+        @db.transactional
+        async def of_class(cls, note: str) -> str:
+            await add(db, note)
+            return cls.__name__
+
+        @staticmethod
+        @db.transactional
+        async def static(note: str) -> None:
+            await add(db, note)
+
+    await Notes().write("a")
+    assert await Notes.of_class("b") == "Notes"
+    await Notes.static("c")
+    assert await sqlite_worker.notes() == ["a", "b", "c"]
+    kinds: list[Any] = [classmethod, staticmethod]
+    for kind in kinds:
+        with pytest.raises(
+            ConfigurationError, match=rf"^transactional is for coroutine .*<{kind.__name__}\("
+        ):
+            bare(db, kind(add))
+
+
 @pytest.mark.parametrize("decorate", [bare, called])
 async def test_transactional_rolls_back(worker: Site, decorate: Callable[[Db, Function], Function]) -> None:
     """An error that leaves a transactional function rolls back and goes on as it is."""
