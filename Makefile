@@ -65,13 +65,16 @@ lint: venv ## ruff: rules and format
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-# Two runs of mypy: `src` reads the bodies, everything else reads the stubs. The last line asks what users see:
-# outside the repository, where pyright finds the wheel by the first interpreter of the PATH.
+# Two runs of mypy: `src` reads the bodies, everything else reads the stubs; and a third as a user's, with the wheel,
+# of the documentation's programs (asyncpg has no types). The last line asks what users see: outside the repository,
+# where pyright finds the wheel by the first interpreter of the PATH.
 .PHONY: types
 types: venv ## mypy and pyright, both strict; the stubs against the installed package; nothing public untyped
 	$(bin)/mypy src
 	$(bin)/mypy typings $(typed)
 	$(bin)/pyright --pythonpath $(bin)/python
+	$(bin)/python -m tests.pages $(VENV)/pages
+	$(bin)/mypy --config-file= --strict --disable-error-code import-untyped $(VENV)/pages/*.py
 	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml --allowlist stubtest-allowlist.txt
 	cd "$$(mktemp -d)" && PATH="$(abspath $(bin)):$$PATH" pyright --ignoreexternal --verifytypes fastapi_async_sqlalchemy
 

@@ -9,62 +9,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
-import fastapi
 import pytest
-from attrs import frozen
 from starlette.applications import Starlette
 
 import fastapi_async_sqlalchemy
 from fastapi_async_sqlalchemy import db
 from tests.commands import Curl, same_answer
 from tests.databases import fresh_database
+from tests.pages import PAGES, ROOT, Block, blocks
 from tests.serving import asgi_client
 from tests.versions import survives_cancellation
 
-ROOT = Path(__file__).parent.parent
 CUTTING_OFF = {"many-tasks"}
 """Pages on which an error cancels tasks in the middle of their statements."""
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-FENCE = re.compile(
-    r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs FastAPI (?P<fastapi>[\d.]+)) -->\n+)?"
-    r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
 UrlFor = Callable[[re.Match[str]], str]
-
-
-@frozen
-class Block:
-    """A fenced block of a page."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    reason: str | None
-    """Why it is not executed; None if it is."""
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    """Find the fenced blocks of a page."""
-    source = page.read_text("utf-8")
-    for found in FENCE.finditer(source):
-        line = source.count("\n", 0, found.start("text")) + 1
-        reason = found["reason"] or older_fastapi(found["fastapi"])
-        yield Block(page, line, found["language"], found["text"], reason)
-
-
-def older_fastapi(needed: str | None) -> str | None:
-    """Say why a block that needs a FastAPI cannot be executed: the installed one is older."""
-    if needed is None or _numbers(fastapi.__version__) >= _numbers(needed):
-        return None
-    return f"it needs FastAPI {needed}, and this is {fastapi.__version__}"
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def page_id(page: Path) -> str:

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 
+from tests.pages import Block, blocks
 from tests.replication import PAGE, Server, hot_standby, on_servers, primary_server
-from tests.test_documentation import Block, blocks, replay
+from tests.test_documentation import replay
 
 SILENCE_BEGINS = "HOSTS = ["
 """What the page's program for silent hosts begins with; the ones before it would wait for such a host."""
