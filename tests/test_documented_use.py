@@ -1,6 +1,7 @@
 """What users of the package of this name have been writing goes on working: its documented programs, run."""
 
 import asyncio
+import copy
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -294,6 +295,15 @@ async def test_two_databases(postgresql_url: str, mysql_url: str, judge_for: Jud
         assert (await client.get("/second-db-files")).json() == [2]
         assert first_db.engine.driver == "asyncpg"
         assert second_db.engine.driver == make_url(mysql_url).get_driver_name()
+
+
+async def test_copied_with_what_holds_it(sqlite_url: str, judge_for: JudgeFor) -> None:
+    """A deep copy of what holds the proxy, as `dataclasses.asdict()` makes one, has the proxy itself."""
+    await make_files(sqlite_url, judge_for, 1)
+    held = copy.deepcopy({"db": db})
+    assert held["db"] is db
+    async with db.connect(sqlite_url):
+        assert await fetch_files() == [1]
 
 
 def test_every_documented_name_is_there() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -11,14 +11,7 @@ from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads de
 from ._concurrency import Closing, Connection, UnitTaskGroup, children_of, close, coroutines_of, gather
 from ._context import PropagatingScope, TaskUnitsScope, UnitScope, current_unit, open_unit
 from ._database import Database, S_co, Terms
-from ._options import (
-    async_engine,
-    boolean,
-    count,
-    create_engine,
-    optional_count,
-    propagation_of,
-)
+from ._options import async_engine, boolean, count, create_engine, optional_count, propagation_of
 from ._pool import limits_of, pool_status
 from ._replica import ReplicaScope, replay, require_postgresql, written_position
 from ._transaction import transaction_settings
@@ -51,6 +44,10 @@ class Handle(Generic[S_co]):
     current: ContextVar[Current[S_co]]
     current_unit: Callable[[], Current[S_co]]
     """The variable's ``get``."""
+
+    def __deepcopy__(self, _: object) -> Self:
+        """Return the one there is: what is copied with its proxy goes on using the same database."""
+        return self
 
 
 class SessionProxy(Handle[S_co]):
