@@ -172,7 +172,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await exchange.unit.abandon()
             raise
         finally:
+            # a server may make a connection's next request from within this one's context: let no chain grow
             self._current.set(exchange.unit.outer)
+            exchange.unit.outer = None
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]

@@ -6,6 +6,7 @@ import gc
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn, cast
+from weakref import WeakSet
 
 import fastapi
 import pytest
@@ -103,6 +104,29 @@ async def test_request_from_inside_an_open_unit(make_site: MakeSite, database_ur
             assert await site.notes() == ["request"]
         with pytest.raises(MissingSessionError, match="no unit of work here"):
             _ = site.db.session
+
+
+async def test_requests_of_one_connection_let_go_of_each_other(make_site: MakeSite, sqlite_url: str) -> None:
+    """A server that starts a connection's next request from within the one before keeps no chain of them."""
+    site = await make_site(sqlite_url)
+    seen: WeakSet[Request] = WeakSet()
+
+    @site.app.get("/")
+    async def route(request: Request) -> None:
+        site.db.unit.info["request"] = request
+        seen.add(request)
+
+    async with serve(site.app) as address:
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            writer.write(f"GET / HTTP/1.1\r\nHost: {address.host}\r\n\r\n".encode() * 500)
+            for _ in range(500):
+                await reader.readuntil(b"\r\n\r\nnull")
+            gc.collect()
+            assert len(seen) < 250  # asyncio keeps a hundred timers that were cancelled, and their contexts
+        finally:
+            writer.close()
+            await writer.wait_closed()
 
 
 async def test_request_from_a_task_of_a_finished_request(make_site: MakeSite, database_url: str) -> None:
