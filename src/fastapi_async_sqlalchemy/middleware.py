@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 from attrs import define
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
 from ._concurrency import admission, unavailable
@@ -303,7 +305,7 @@ class _Exchange:
     async def answer(self, receive: Receive) -> None:
         """Answer for a failed commit by the application's own handler; without one the error goes on."""
         failure = cast("Exception", self.failure)
-        handler = self.handler(type(failure))
+        handler = self.handler(failure)
         if handler is None:
             raise failure
         request = Request(self.scope, receive)
@@ -315,19 +317,21 @@ class _Exchange:
                 response = await response
         await response(self.scope, receive, self.forward)
 
-    def handler(self, kind: type[Exception]) -> Callable[..., Any] | None:
+    def handler(self, error: Exception) -> Callable[..., Any] | None:
         """Find the handler of an error as Starlette does."""
         # a mounted application has put itself into the scope: its handlers come first, as for any error;
         # those for Exception belong to Starlette's ServerErrorMiddleware, outside, which also re-raises
         for app in (self.scope.get("app"), self.app):
             handlers: Mapping[Any, Callable[..., Any]] = getattr(app, "exception_handlers", {})
-            for class_ in kind.__mro__:
+            if isinstance(error, HTTPException) and error.status_code in handlers:
+                return handlers[error.status_code]
+            for class_ in type(error).__mro__:
                 if class_ is not Exception and class_ in handlers:
                     return handlers[class_]
-        return None
+        return ExceptionMiddleware(_drop).http_exception if isinstance(error, HTTPException) else None
 
 
-async def _drop() -> None:
+async def _drop(*_: object) -> None:
     """Take the place of sending a message of an abandoned response."""
 
 

@@ -3,22 +3,31 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
 from httpx2 import AsyncClient
 from sqlalchemy import Connection, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.responses import StreamingResponse
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from fastapi_async_sqlalchemy import TransactionBegunError, UnexpectedRollbackError, UnitOfWork
+from fastapi_async_sqlalchemy import (
+    TransactionBegunError,
+    UnexpectedRollbackError,
+    UnitOfWork,
+    create_middleware_and_session_proxy,
+)
 from tests.databases import Judge, JudgeFor
 from tests.integration.site import MakeSite, Site, complaints
 from tests.integration.tables import ORPHAN, Note, Reply
 from tests.integration.worker import open_worker
-from tests.serving import serve
+from tests.serving import asgi_client, serve
 
 Unit = UnitOfWork[AsyncSession]
 Act = Callable[[Unit], Awaitable[object]]
@@ -53,6 +62,11 @@ class Log(list[str]):
 def log() -> Log:
     """An empty log."""
     return Log()
+
+
+async def answer_of_the_status(_: Request, __: Exception) -> Response:
+    """Answer as an application's handler of a status does."""
+    return PlainTextResponse("by the handler of 409", 409)
 
 
 async def add(unit: Unit, note: str = "a") -> None:
@@ -336,6 +350,34 @@ async def test_before_commit_never_runs_on_rollback(worker: Site, act: Act, log:
             await unit.session.scalar(select(1))
     assert log == ["rolled back"]
     assert await worker.notes() == []
+
+
+@pytest.mark.parametrize(
+    ("handlers", "body"), [({}, "full"), ({409: answer_of_the_status}, "by the handler of 409")]
+)
+@pytest.mark.parametrize("kind", [FastAPI, Starlette])
+async def test_before_commit_may_refuse_as_a_route_does(
+    make_site: MakeSite, postgresql_url: str, kind: type[Starlette], handlers: dict[Any, Any], body: str
+) -> None:
+    """An HTTPException of a hook is answered as any other: by the status' handler, or the framework's."""
+    site = await make_site(postgresql_url)
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+
+    def refuse() -> None:
+        raise HTTPException(409, "full")
+
+    async def route(_: Request) -> Response:
+        db.unit.before_commit(refuse)
+        await add(db.unit)
+        return Response()
+
+    ours = Middleware(cast("Any", middleware), custom_engine=site.engine, commit_on_exit=True)
+    app = kind(routes=[Route("/", route)], middleware=[ours], exception_handlers=handlers)
+    async with asgi_client(app) as client:
+        response = await client.get("/")
+    assert response.status_code == 409
+    assert body in response.text
+    assert await site.notes() == []
 
 
 @pytest.mark.parametrize("kind", ["raised", "returned", "crash"])
