@@ -10,7 +10,7 @@ import asyncio
 import functools
 from asyncio import current_task
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from attrs import Factory, define
 from sqlalchemy import event
@@ -22,7 +22,7 @@ from sqlalchemy.util import EMPTY_DICT
 from ._ending import let_go
 from ._pool import pool_status, remedy_for
 from ._session import ENDINGS, ObservedSession, Shared
-from ._streams import stream_of
+from ._streams import cursor_of, stream_of
 from .exceptions import PoolTimeoutError, UnitClosedError
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ _EXECUTE: Final = ("execute",)
 _CLEANUP: Final = ("rollback", "close", "reset", "invalidate")
 _GIVES_UP: Final = frozenset({*_CLEANUP, "release"})
 """The operations over which a stream may be left unread."""
+_TRANSACTION_LOST: Final = frozenset({1020, 1206, 1213})
+"""MariaDB's ER_CHECKREAD, ER_LOCK_TABLE_FULL and ER_LOCK_DEADLOCK: errors that undo the whole transaction."""
+_LOCK_TIMEOUT: Final = (1205,)
+_BEGUN: Final = "fastapi_async_sqlalchemy.begun"
+"""Whether SQLite was in a transaction before the last statement other than a SELECT."""
 _FLUSH: Final = ("flush",)
 _IN_MEMORY: Final = ("add", "add_all")
 
@@ -161,10 +166,12 @@ class Watch(Shared):
         return execute
 
     def _streams(self, session: ObservedSession, result: Result[Any]) -> None:
-        """Remember that a result is still to be read."""
-        stream = stream_of(result)
-        if stream is not None:
+        """Remember that a result is still to be read, and whose error it is if that fails."""
+        cursor = cursor_of(result)
+        if cursor is not None:
+            stream = stream_of(result, cursor)
             session.uow_streams += (stream,)
+            self.connections[cursor.connection] = ref(session)
             self.unbuffered = self.unbuffered or stream.unbuffered
 
     def _enter(
@@ -242,8 +249,8 @@ class Watch(Shared):
         if not statement.startswith("SELECT"):
             session = self._session(context.root_connection)
             if session is not None:
-                if statement.startswith("SAVEPOINT") and context.dialect.name == "sqlite":
-                    _begin_on_sqlite(cursor, context.root_connection)
+                if context.dialect.name == "sqlite":
+                    _before_on_sqlite(cursor, statement, context.root_connection)
                 session.note_statement(statement)
 
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
@@ -253,13 +260,39 @@ class Watch(Shared):
         session = None if context.connection is None else self._session(context.connection)
         if session is not None:
             session.note_error(context)
+            session.uow_gone = session.uow_gone or _is_gone(context)
 
 
-def _begin_on_sqlite(cursor: DBAPICursor, connection: Connection) -> None:
+def _before_on_sqlite(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
     """Begin the transaction that Python's driver puts off: without one, RELEASE would be a COMMIT."""
     driver = connection.connection.driver_connection
-    if driver is not None and not driver.in_transaction:
+    begun = driver is not None and driver.in_transaction
+    if statement.startswith("SAVEPOINT") and not begun:
         cursor.execute("BEGIN")
+    connection.info[_BEGUN] = begun
+
+
+def _is_gone(context: ExceptionContext) -> bool:
+    """Whether a statement's error has rolled back its whole transaction, and the connection goes on."""
+    connection, code = context.connection, context.original_exception.args[:1]
+    if connection is None or connection.closed or connection.invalidated:
+        return False
+    if context.dialect.name == "sqlite":
+        driver = connection.connection.driver_connection
+        return connection.info.pop(_BEGUN, False) and driver is not None and not driver.in_transaction
+    return not _TRANSACTION_LOST.isdisjoint(code) or (
+        code == _LOCK_TIMEOUT and _timeout_rolls_back(connection)
+    )
+
+
+def _timeout_rolls_back(connection: Connection) -> bool:
+    """Ask MariaDB what a lock that was waited for in vain undoes: the statement alone, or all."""
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute("SELECT @@innodb_rollback_on_timeout")
+        return bool(cursor.fetchall()[0][0])
+    finally:
+        cursor.close()
 
 
 def _in_memory(method: Callable[..., Any]) -> Callable[..., Any]:

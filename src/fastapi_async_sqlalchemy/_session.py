@@ -42,8 +42,6 @@ _CLOSED: Final = (
     "close() on %s rolls back %d statements and %d unflushed objects, because nothing committed them: call "
     "`await db.session.commit()` before, or leave the session for its unit to close."
 )
-_TRANSACTION_LOST: Final = frozenset({1020, 1213})
-"""MariaDB's ER_CHECKREAD, and ER_LOCK_DEADLOCK: statement errors after which the transaction is gone."""
 
 
 @define(eq=False, repr=False)
@@ -296,6 +294,8 @@ class ObservedSession(Session):
         committing, self.uow_committing = self.uow_committing, False
         self.uow_noted = True
         statement = context.statement
+        if statement is None and context.execution_context is not None:
+            statement, self.uow_streams = "", ()  # its rows were being fetched: no more will come
         # an error that is not the database's own says nothing of what became of a COMMIT
         cut = context.is_disconnect or context.sqlalchemy_exception is None
         if statement is None and not committing:  # ROLLBACK failed: its transaction may still be open
@@ -303,9 +303,6 @@ class ObservedSession(Session):
             context.invalidate_pool_on_disconnect = False
         elif statement is not None and not (cut and self.uow_decides(statement)):
             self.uow_failure = context.sqlalchemy_exception or context.original_exception
-            self.uow_gone = self.uow_gone or not _TRANSACTION_LOST.isdisjoint(
-                context.original_exception.args[:1]
-            )
         elif cut:
             self.uow_unknown = context.is_disconnect = True
             logger.error(

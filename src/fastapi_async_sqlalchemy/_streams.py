@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import ref
 
 from attrs import frozen
@@ -45,10 +45,13 @@ class Stream:
             (held if isinstance(held, Result) else held.cursor).close()
 
 
-def stream_of(result: Result[Any]) -> Stream | None:
-    """Watch a result; None is for one that came from memory."""
-    cursor: Any = getattr(result, "raw", result)
-    if not isinstance(cursor, CursorResult):
-        return None
+def cursor_of(result: Result[Any]) -> CursorResult[Any] | None:
+    """Return what fetches the rows of a result; None is for one that came from memory."""
+    raw: Any = getattr(result, "raw", result)
+    return cast("CursorResult[Any]", raw) if isinstance(raw, CursorResult) else None
+
+
+def stream_of(result: Result[Any], cursor: CursorResult[Any]) -> Stream:
+    """Watch a result."""
     held = cursor.context if cursor is result else result
     return Stream(ref(held), vars(cursor), cursor.dialect.name in _UNBUFFERED)

@@ -1129,6 +1129,42 @@ async def test_statement_error_that_undoes_itself_alone(make_site: MakeSite, for
     assert await site.notes() == ["new"]
 
 
+@pytest.mark.parametrize("later", [[], ["later"]])
+async def test_statement_error_that_undoes_everything(
+    make_site: MakeSite, sqlite_url: str, later: list[str]
+) -> None:
+    """Where a failed statement has rolled its transaction back, what came after is not committed."""
+    site = await make_site(sqlite_url, commit_on_exit=True)
+
+    @site.app.get("/")
+    async def write() -> None:
+        site.db.session.add(Note(text="new"))
+        await site.db.session.flush()
+        with suppress(IntegrityError):
+            await site.db.session.execute(text("INSERT OR ROLLBACK INTO note (text) VALUES ('new')"))
+        site.db.session.add_all(Note(text=note) for note in later)
+
+    with pytest.raises(UnexpectedRollbackError, match="has rolled it back"):
+        await site.get()
+    assert (await site.get(raise_app_exceptions=False)).status_code == 500
+    assert await site.notes() == []
+
+
+async def test_statement_error_before_anything_was_begun(make_site: MakeSite, sqlite_url: str) -> None:
+    """Statements that fail before SQLite has begun a transaction have undone nothing."""
+    site = await make_site(sqlite_url, commit_on_exit=True)
+
+    @site.app.get("/")
+    async def write() -> None:
+        for _ in range(2):
+            with suppress(DBAPIError):
+                await site.db.session.execute(text("INSERT INTO missing VALUES (1)"))
+        site.db.session.add(Note(text="new"))
+
+    assert (await site.get()).status_code == 200
+    assert await site.notes() == ["new"]
+
+
 @pytest.mark.parametrize("failing", ["flush", "statement"])
 @pytest.mark.parametrize("by", ["unit", "session"])
 async def test_error_in_a_savepoint(make_site: MakeSite, database_url: str, failing: str, by: str) -> None:

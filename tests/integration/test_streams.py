@@ -10,9 +10,9 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import String, func, literal, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_async_sqlalchemy import ConcurrentUseError
+from fastapi_async_sqlalchemy import ConcurrentUseError, UnexpectedRollbackError
 from tests.databases import JudgeFor
-from tests.integration.site import MakeSite, Site
+from tests.integration.site import MakeSite, Site, complaints
 from tests.integration.tables import Note
 from tests.integration.worker import open_worker
 
@@ -205,3 +205,34 @@ async def test_statement_between_the_rows_elsewhere(deferring_worker: Site, stat
         assert await count(unit.session) == len(TEXTS)
         rows.extend([note async for note in result])
         assert rows == TEXTS
+
+
+@pytest.mark.parametrize("by", ["session", "connection", "run_sync"])
+async def test_rows_that_fail_have_lost_the_transaction(
+    make_site: MakeSite, postgresql_url: str, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the error of a later row is swallowed, the client hears that the writes before it are gone."""
+    site = await make_site(postgresql_url, commit_on_exit=True)
+    failing = text("SELECT 1 / (2000 - number) FROM generate_series(1, 3000) AS number")
+
+    async def read(session: AsyncSession) -> None:
+        if by == "run_sync":
+            options = {"stream_results": True}
+            await session.run_sync(lambda sync: list(sync.execute(failing, execution_options=options)))
+            return
+        result = await (session if by == "session" else await session.connection()).stream(failing)
+        async for _ in result:
+            pass
+
+    @site.app.get("/")
+    async def write() -> None:
+        site.db.session.add(Note(text="new"))
+        await site.db.session.flush()
+        with pytest.raises(Exception, match="division by zero"):
+            await read(site.db.session)
+
+    with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+        await site.get()
+    assert (await site.get(raise_app_exceptions=False)).status_code == 500
+    assert await site.notes() == []
+    assert complaints(caplog) == []
