@@ -22,6 +22,7 @@ from sqlalchemy.util import EMPTY_DICT
 from ._ending import let_go
 from ._pool import pool_status, remedy_for
 from ._session import ENDINGS, ObservedSession, Shared
+from ._statements import has_writing_part, verb_of
 from ._streams import cursor_of, stream_of
 from .exceptions import PoolTimeoutError, UnitClosedError
 
@@ -264,11 +265,16 @@ class Watch(Shared):
 
 
 def _before_on_sqlite(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
-    """Begin the transaction that Python's driver puts off: without one, RELEASE would be a COMMIT."""
+    """Begin the transaction that Python's driver puts off where it sees no write.
+
+    Without one RELEASE would be a COMMIT, and what a ``WITH`` writes would be stored at once.
+    """
     driver = connection.connection.driver_connection
     begun = driver is not None and driver.in_transaction
-    if statement.startswith("SAVEPOINT") and not begun:
-        cursor.execute("BEGIN")
+    if not begun and driver is not None:
+        verb, autocommits = verb_of(statement), driver.isolation_level is None
+        if verb == "SAVEPOINT" or (verb == "WITH" and not autocommits and has_writing_part(statement)):
+            cursor.execute("BEGIN")
     connection.info[_BEGUN] = begun
 
 

@@ -32,8 +32,9 @@ from fastapi_async_sqlalchemy import (
     UnexpectedRollbackError,
     create_middleware_and_session_proxy,
 )
+from tests.databases import Judge
 from tests.integration.site import MakeSite, complaints
-from tests.integration.tables import ORPHAN, Note, Reply
+from tests.integration.tables import ORPHAN, Note, Reply, engine_with_tables
 from tests.serving import asgi_client, raw_get, serve
 
 Rule = Callable[[int, BaseException | None], bool]
@@ -1148,6 +1149,43 @@ async def test_statement_error_that_undoes_everything(
         await site.get()
     assert (await site.get(raise_app_exceptions=False)).status_code == 500
     assert await site.notes() == []
+
+
+@pytest.mark.parametrize("writing", ["INSERT", "REPLACE"])
+@pytest.mark.parametrize("commit_on_exit", [True, False])
+async def test_write_behind_a_with_belongs_to_the_transaction(
+    make_site: MakeSite,
+    sqlite_url: str,
+    writing: str,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    commit_on_exit: bool,
+) -> None:
+    """What a WITH writes on SQLite, whose driver would store it at once, is the unit's to commit or not."""
+    site = await make_site(sqlite_url, commit_on_exit=commit_on_exit)
+
+    @site.app.get("/{status}")
+    async def write(status: int) -> Response:
+        new = f"WITH new AS (SELECT {status} AS text) {writing} INTO note (text) SELECT text FROM new"
+        await site.db.session.execute(text(new))
+        return Response(status_code=status)
+
+    async with site.client() as client:
+        await client.get("/409")
+        assert await site.notes() == []
+        await client.get("/200")
+    assert await site.notes() == (["200"] if commit_on_exit else [])
+    assert len(complaints(caplog)) == (0 if commit_on_exit else 1)
+
+
+async def test_with_that_writes_by_itself(sqlite_url: str) -> None:
+    """On an engine that commits each statement by itself a WITH that writes is stored at once, too."""
+    async with engine_with_tables(sqlite_url, isolation_level="AUTOCOMMIT") as engine:
+        _, db = create_middleware_and_session_proxy(AsyncSession)
+        async with db.connect(engine), db() as unit:
+            await unit.session.execute(text("WITH new AS (SELECT 1) INSERT INTO note (text) SELECT 'new'"))
+            async with Judge(sqlite_url) as judge:
+                assert await judge.rows("SELECT text FROM note") == [("new",)]
 
 
 async def test_statement_error_before_anything_was_begun(make_site: MakeSite, sqlite_url: str) -> None:
