@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, ref
 from attrs import Factory, define
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, SessionTransactionOrigin
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
@@ -83,6 +83,8 @@ class ObservedSession(Session):
     """A commit of this session had such statements."""
     uow_failure: BaseException | None = None
     """A statement's error in the transaction at hand, not undone by a savepoint."""
+    uow_begun: bool = False
+    """User code began the transaction at hand by name, and ends it."""
     uow_gone: bool = False
     """The database has rolled the transaction back by itself."""
     uow_committing: bool = False
@@ -169,7 +171,9 @@ class ObservedSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """Begin a transaction that the caller ends; SQLAlchemy does so without calling this session."""
         self.uow_follow()
-        return super().begin(nested)
+        transaction = super().begin(nested)
+        self.uow_begun = self.uow_begun or not nested  # what a savepoint begins around itself is nobody's
+        return transaction
 
     def release(self) -> None:
         """Give the connection of a transaction that only read back; the objects stay as they are.
@@ -226,13 +230,7 @@ class ObservedSession(Session):
 
     def held_by_owner(self) -> bool:
         """Whether user code holds the transaction: ``begin()``, a savepoint, a stream, a busy task."""
-        if self.uow_followed and (
-            self.in_nested_transaction()
-            or (
-                (transaction := self.get_transaction()) is not None
-                and transaction.origin is SessionTransactionOrigin.BEGIN
-            )
-        ):
+        if self.uow_begun or (self.uow_followed and self.in_nested_transaction()):
             return True
         return (bool(self.uow_streams) and self.streaming()) or self.busy()
 
@@ -267,7 +265,7 @@ class ObservedSession(Session):
 
     def uow_forget(self) -> None:
         """Begin counting anew after a transaction."""
-        self.uow_noted = self.uow_gone = self.uow_unknown = False
+        self.uow_noted = self.uow_begun = self.uow_gone = self.uow_unknown = False
         self.uow_written = 0
         self.uow_failure = None
         self.uow_savepoints = ()

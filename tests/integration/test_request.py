@@ -665,6 +665,43 @@ async def test_transaction_that_a_dependency_holds(
     assert complaints(caplog) == []
 
 
+@pytest.mark.parametrize("by", ["unit", "session", "propagation"])
+async def test_savepoint_first_of_all_leaves_nothing_held(
+    make_site: MakeSite, database_url: str, by: str
+) -> None:
+    """A request whose first work is in a savepoint is committed before its response starts, as any other."""
+    site = await make_site(database_url, commit_on_exit=True)
+
+    async def seen_from_outside() -> AsyncIterator[str]:
+        yield ", ".join(str(note) for note in await site.notes())
+
+    @site.app.get("/")
+    async def write() -> StreamingResponse:
+        blocks: dict[str, Callable[[], Any]] = {
+            "unit": site.db.unit.savepoint,
+            "session": site.db.session.begin_nested,
+            "propagation": functools.partial(site.db, propagation="nested"),
+        }
+        async with blocks[by]():
+            site.db.session.add(Note(text="new"))
+        return StreamingResponse(seen_from_outside())
+
+    assert (await site.get()).text == "new"
+
+
+async def test_savepoint_first_of_all_keeps_no_error_back(make_site: MakeSite, deferring_url: str) -> None:
+    """The client of a request whose first work is in a savepoint hears of the COMMIT that fails."""
+    site = await make_site(deferring_url, commit_on_exit=True)
+    site.app.add_exception_handler(IntegrityError, conflict)
+
+    @site.app.get("/")
+    async def write() -> None:
+        async with site.db.unit.savepoint():
+            site.db.session.add(Reply(**ORPHAN))
+
+    assert (await site.get()).status_code == 409
+
+
 async def test_transaction_that_nobody_ends(make_site: MakeSite, database_url: str) -> None:
     """A transaction begun by hand and never ended is committed when the application returns."""
     site = await make_site(database_url, commit_on_exit=True)
