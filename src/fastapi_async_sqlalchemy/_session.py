@@ -278,9 +278,10 @@ class ObservedSession(Session):
         self.uow_noted = True
         if verb == "SAVEPOINT":
             self.uow_savepoints += ((statement.rsplit(maxsplit=1)[-1], self.uow_written, self.uow_failure),)
-        elif verb == "ROLLBACK":  # TO SAVEPOINT: what came after the savepoint counts no more
-            for at, (name, written, failure) in enumerate(self.uow_savepoints):
-                if statement.endswith(name):
+        elif verb == "ROLLBACK":  # TO SAVEPOINT, the last of that name: what came after it counts no more
+            last = statement.rsplit(maxsplit=1)[-1]
+            for at, (name, written, failure) in reversed([*enumerate(self.uow_savepoints)]):
+                if name == last:
                     self.uow_savepoints = self.uow_savepoints[: at + 1]
                     self.uow_written, self.uow_failure = written, failure
                     return

@@ -1267,6 +1267,28 @@ async def test_error_in_a_savepoint(make_site: MakeSite, database_url: str, fail
     assert await site.notes() == ["after", "before", "old"]
 
 
+async def test_savepoints_of_one_name(
+    make_site: MakeSite, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A savepoint by the name of an earlier one takes back what came after itself and no more."""
+    site = await make_site(database_url)
+
+    @site.app.get("/")
+    async def write() -> None:
+        session = site.db.session
+        for note in ("first", "second", "second"):
+            await session.execute(text("SAVEPOINT mine"))
+            try:
+                await session.execute(insert(Note).values(text=note))
+            except IntegrityError:
+                await session.execute(text("ROLLBACK TO SAVEPOINT mine"))
+
+    assert (await site.get()).status_code == 200
+    assert await site.notes() == []
+    [complaint] = complaints(caplog)
+    assert "2 statements" in complaint
+
+
 # The tail
 
 
