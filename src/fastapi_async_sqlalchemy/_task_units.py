@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import current_task
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, cast
 from weakref import WeakKeyDictionary
 
 from attrs import Factory, define
@@ -78,7 +78,6 @@ class TaskUnits(Generic[S_co]):
                 "%s failed in a unit of %s, which is rolled back", task, self.database.name, exc_info=error
             )
         ending = task.get_loop().create_task(self._settle(unit, failed=task.cancelled() or error is not None))
-        self.units[ending] = unit  # its hooks find it as theirs
         self.ending.add(ending)
         ending.add_done_callback(self._ended)
 
@@ -87,6 +86,8 @@ class TaskUnits(Generic[S_co]):
         self.units.pop(ending, None)
 
     async def _settle(self, unit: UnitOfWork[S_co], *, failed: bool) -> None:
+        # its hooks find it as theirs; an eager task is done before anybody else could say so
+        self.units[cast("asyncio.Task[Any]", current_task())] = unit
         try:
             await unit.finish(commit=False if failed else self.terms.commit_on_exit or None)
         except Exception as error:

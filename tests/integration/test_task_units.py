@@ -45,6 +45,8 @@ NO_PLACE = (
     r"had no free connection within 0\.2 seconds \(1 of 15 are checked out\): max_concurrent units of this "
     r"block have one, this task's own perhaps among them, so raise it, or end their transactions sooner\.$"
 )
+EAGER = getattr(asyncio, "eager_task_factory", None)
+"""What lets a task begin where it is made, and end there if it waits for nothing."""
 MANY = 20_000
 """Tasks of each of three walks."""
 RECORDED = pytest.mark.filterwarnings("ignore:record_property is incompatible:pytest.PytestWarning")
@@ -456,6 +458,24 @@ async def test_hooks(sqlite_worker: Site, *, fails: bool) -> None:
     assert outcome == ("rolled back" if fails else "committed")
     assert found is unit is not own
     assert block == ("committed block", own, own)
+
+
+@pytest.mark.skipif(EAGER is None, reason="Python has eager tasks since 3.12")
+async def test_hooks_of_an_eager_task(sqlite_worker: Site) -> None:
+    """The hooks of a task that ended without waiting find its own unit, too, and what they write is kept."""
+    db, found = sqlite_worker.db, list[bool]()
+
+    async def work() -> None:
+        unit = db.unit
+        unit.on_commit(lambda: found.append(db.unit is unit))
+        unit.on_commit(lambda: write(db, "hook"))
+
+    asyncio.get_running_loop().set_task_factory(EAGER)
+    async with db(multi_sessions=True, commit_on_exit=True):
+        await asyncio.create_task(work())
+    assert found == [True]
+    assert sqlite_worker.checked_out() == 0
+    assert await sqlite_worker.notes() == ["hook"]
 
 
 async def test_hook_that_writes(sqlite_worker: Site) -> None:
