@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
-from ._statements import READS, has_writing_part, verb_of
+from ._statements import READS, decides, has_writing_part, verb_of
 from .exceptions import ConcurrentUseError, UnexpectedRollbackError, UnitClosedError
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
-_COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
-_PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
-"""What COMMIT sends where a transaction takes part in a two-phase commit."""
 _CLOSED: Final = (
     "close() on %s rolls back %d statements and %d unflushed objects, because nothing committed them: call "
     "`await db.session.commit()` before, or leave the session for its unit to close."
@@ -129,6 +126,7 @@ class ObservedSession(Session):
         """Roll back."""
         if self.uow_hooks is not None:
             self.uow_hooks.dooms.clear()
+        self.uow_give_up()
         try:
             super().rollback()
         finally:
@@ -146,6 +144,7 @@ class ObservedSession(Session):
         """Begin afresh; whoever closes a session that is not his may not know what that costs."""
         if self.has_written():
             logger.warning(_CLOSED, self.uow_shared.name, self.uow_written, self.pending())
+        self.uow_give_up()
         super().reset()
         self.uow_forget()
 
@@ -154,6 +153,7 @@ class ObservedSession(Session):
         if self.uow_closed:
             super().invalidate()
             return
+        self.uow_give_up()
         transaction = self.get_nested_transaction() or self.get_transaction()
         while transaction is not None:
             ended, transaction = transaction, transaction.parent
@@ -263,6 +263,11 @@ class ObservedSession(Session):
             event.listen(self, "after_commit", _after_commit, insert=True)  # before one that may fail
             event.listen(self, "after_transaction_end", _after_transaction_end)
 
+    def uow_give_up(self) -> None:
+        """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
+        if self.uow_hooks is not None and self.in_transaction() and not self.uow_unknown:
+            self.uow_hooks.decide(committed=False)
+
     def uow_forget(self) -> None:
         """Begin counting anew after a transaction."""
         self.uow_noted = self.uow_begun = self.uow_gone = self.uow_unknown = False
@@ -300,7 +305,7 @@ class ObservedSession(Session):
         if statement is None and not committing:  # ROLLBACK failed: its transaction may still be open
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
-        elif statement is not None and not (cut and self.uow_decides(statement)):
+        elif statement is not None and not (cut and decides(statement, self.uow_xid)):
             self.uow_failure = context.sqlalchemy_exception or context.original_exception
         elif cut:
             self.uow_unknown = context.is_disconnect = True
@@ -310,12 +315,6 @@ class ObservedSession(Session):
                 self.uow_shared.name,
                 type(context.original_exception).__name__,
             )
-
-    def uow_decides(self, statement: str) -> bool:
-        """Whether a statement decides the transaction: to prepare does so for the witness alone."""
-        return statement.startswith(_COMMITS) or (
-            self.uow_xid.endswith("w") and statement.startswith(_PREPARES)
-        )
 
     def uow_reenter(self, task: asyncio.Task[Any] | None, operation: str) -> bool:
         """Let an operation call another of the same task, and refuse anything else."""

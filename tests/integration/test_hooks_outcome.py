@@ -1,8 +1,10 @@
 """Which outcome hooks are told, and what becomes of what they begin, break or give up."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from httpx2 import ASGITransport, AsyncClient
@@ -12,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import UnexpectedRollbackError, UnitClosedError
 from tests.integration import test_hooks as hooks
+from tests.integration.interruption import Interrupted, Moment
 from tests.integration.site import MakeSite, Site, complaints
 from tests.integration.tables import Note
 from tests.integration.test_hooks import Act, BoomError, Log, Unit, add, commit_session, commit_unit, leave
@@ -170,6 +173,58 @@ async def test_savepoint_after_a_cancelled_commit(
             await add(unit, "b")
         assert log == ["first committed", f"part {'rolled back' if fails else 'committed'}"]
         assert await site.notes() == (["b", "first"] if fails else ["a", "b", "first"])
+
+
+# A cancellation that lands anywhere in a rollback, and that the unit outlives.
+
+GiveUp = Callable[[Unit], Coroutine[Any, Any, None]]
+
+
+async def roll_session_back(unit: Unit) -> None:
+    """Roll back by the session."""
+    await unit.session.rollback()
+
+
+async def close_session(unit: Unit) -> None:
+    """Close the session, which begins afresh."""
+    await unit.session.close()
+
+
+async def invalidate_session(unit: Unit) -> None:
+    """Discard the connection."""
+    await unit.session.invalidate()
+
+
+@survives_cancellation
+@pytest.mark.parametrize("moment", ["waiting", "done"])
+@pytest.mark.parametrize("give_up", [Unit.rollback, roll_session_back, close_session, invalidate_session])
+async def test_cancelled_rollback(
+    make_site: MakeSite, driver_url: str, give_up: GiveUp, moment: Moment, log: Log
+) -> None:
+    """What was registered for a transaction that was given up runs as that, and not with the next COMMIT."""
+    site, task, kept = await make_site(driver_url), asyncio.current_task(), list[str]()
+    assert task is not None
+    async with site.client():
+        for point in itertools.count(1):
+            async with site.db(commit_on_exit=True) as unit:
+                log.both(unit, "first")
+                unit.before_commit(log.hook("before the first"))
+                await add(unit, "lost")
+                interrupted = Interrupted(give_up(unit), {point}, task.cancel, moment)
+                with suppress(asyncio.CancelledError):
+                    await interrupted
+                    if interrupted.cancellations:
+                        await asyncio.Event().wait()  # it has not been raised yet
+                task.uncancel()
+                log.both(unit, "second")
+                kept.append(f"kept {point}")
+                await add(unit, kept[-1])
+            assert log == ["first rolled back", "second committed"], point
+            log.clear()
+            if not interrupted.cancellations:
+                break
+        assert await site.notes() == sorted(kept)
+        assert site.checked_out() == 0
 
 
 # What a hook begins on the unit's own session.
