@@ -100,11 +100,12 @@ class UnitScope(Generic[S_co]):
             elif not unit.finish_idle():
                 await unit.finish(commit=self.terms.commit_on_exit or None)
         finally:
-            # a generator may be closed in another context than it was entered in, where nothing is bound,
-            # and generators may be closed in any order: an outer unit that has ended is passed over
+            # generators may be closed in any order: an outer unit that has ended is passed over, and let go
+            while isinstance(outer, UnitOfWork) and outer.closed and outer.request is None:
+                outer = outer.outer
+            unit.outer = outer
+            # a generator may be closed in another context than it was entered in, where nothing is bound
             if self.current.get() is unit:
-                while isinstance(outer, UnitOfWork) and outer.closed and outer.request is None:
-                    outer = outer.outer
                 self.current.set(outer)
 
 

@@ -558,6 +558,21 @@ async def test_generators_closed_in_any_order(postgresql_worker: Site) -> None:
     assert [unit.closed for unit in units] == [True, True]
 
 
+async def test_generators_left_by_a_long_lived_task(sqlite_worker: Site) -> None:
+    """A unit that a generator held and that was closed elsewhere is not kept by those that come after it."""
+
+    def units() -> int:
+        gc.collect()
+        return sum(isinstance(found, UnitOfWork) for found in gc.get_objects())
+
+    before = units()
+    for _ in range(10):
+        generator = notes_in_a_unit(sqlite_worker.db)
+        await anext(generator)
+        await asyncio.create_task(generator.aclose())
+    assert units() <= before + 1
+
+
 async def test_cancelled_in_the_block(worker: Site) -> None:
     """A task that is cancelled inside the block rolls back, gives the connection back, and ends cancelled."""
     inside = asyncio.Event()
