@@ -21,10 +21,10 @@ from sqlalchemy.util import EMPTY_DICT
 
 from ._ending import let_go
 from ._pool import pool_status, remedy_for
-from ._session import ENDINGS, ObservedSession, Shared
+from ._session import ENDINGS, ObservedSession, Shared, task_name
 from ._statements import has_writing_part, verb_of
 from ._streams import cursor_of, stream_of
-from .exceptions import PoolTimeoutError, UnitClosedError
+from .exceptions import ConcurrentUseError, PoolTimeoutError, UnitClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +46,10 @@ _TRANSACTION_LOST: Final = frozenset({1020, 1206, 1213})
 _LOCK_TIMEOUT: Final = (1205,)
 _BEGUN: Final = "fastapi_async_sqlalchemy.begun"
 """Whether SQLite was in a transaction before the last statement other than a SELECT."""
+_OWN_LOOP: Final = (
+    "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
+    "give the other loop an engine of its own"
+)
 _FLUSH: Final = ("flush",)
 _IN_MEMORY: Final = ("add", "add_all")
 
@@ -63,6 +67,8 @@ class Watch(Shared):
     engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
     unbuffered: bool = False
     """There are streams that another statement would cut short."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """The event loop of asyncpg's pooled connections, which do not notice that another one breaks them."""
 
     def session_class(self, base: type[Session]) -> type[ObservedSession]:
         """Return the observed subclass of a ``sync_session_class``."""
@@ -90,6 +96,21 @@ class Watch(Shared):
         event.listen(engine, "do_executemany", self._do_execute)
         event.listen(engine, "do_execute_no_params", self._do_execute_no_params)
         event.listen(engine, "handle_error", self._handle_error)
+        if engine.dialect.driver == "asyncpg" and isinstance(engine.pool, QueuePool):
+            event.listen(engine, "connect", self._connected)
+
+    def _connected(self, *_: object) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    def _refuse_other_loop(self, task: asyncio.Task[Any], name: str) -> None:
+        """Refuse the connections of a loop that runs in another thread; an emptied pool has none."""
+        pools = (engine.pool for engine in self.engines)
+        kept = any(
+            isinstance(pool, QueuePool) and (pool.checkedin() or pool.checkedout() > 0) for pool in pools
+        )
+        if kept and self.loop is not None and self.loop.is_running():
+            attempt, busy = f"{task_name(task)} called {name}()", "another running event loop has connections"
+            raise ConcurrentUseError(self.name, attempt, busy, _OWN_LOOP)
 
     def xid(self) -> str:
         """Name the two-phase transaction that the session at work is beginning."""
@@ -179,6 +200,8 @@ class Watch(Shared):
         self, session: ObservedSession, task: asyncio.Task[Any] | None, name: str
     ) -> ObservedSession | None:
         """Begin an operation; returns the session whose operation this task is in the middle of already."""
+        if self.loop is not None and task is not None and task.get_loop() is not self.loop:
+            self._refuse_other_loop(task, name)
         if self.unbuffered and name not in _GIVES_UP:
             session.uow_refuse_between_rows(task, name)
         session.uow_holder = task

@@ -250,7 +250,7 @@ class ObservedSession(Session):
         if self.uow_streams and any(stream.between_rows for stream in self.uow_streams):
             raise ConcurrentUseError(
                 self.uow_shared.name,
-                f"{_name(task)} called {operation}()",
+                f"{task_name(task)} called {operation}()",
                 "a stream has rows left, which would be lost (read it to its end, or `await result.close()`)",
             )
 
@@ -323,8 +323,8 @@ class ObservedSession(Session):
         if self.uow_holder is not None and self.uow_holder is not task:
             raise ConcurrentUseError(
                 self.uow_shared.name,
-                f"{_name(task)} called {operation}()",
-                f"{_name(self.uow_holder)} is in the middle of {self.uow_operation}()",
+                f"{task_name(task)} called {operation}()",
+                f"{task_name(self.uow_holder)} is in the middle of {self.uow_operation}()",
             )
         return True
 
@@ -350,7 +350,8 @@ class ObservedSession(Session):
             )
 
 
-def _name(task: asyncio.Task[Any] | None) -> str:
+def task_name(task: asyncio.Task[Any] | None) -> str:
+    """Name a task in a message."""
     return "code outside any task" if task is None else f"task {task.get_name()!r}"
 
 

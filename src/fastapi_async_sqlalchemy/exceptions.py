@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+_ONE_TASK_AT_A_TIME: Final = (
+    "run them by `db.gather(...)`, give each task a unit of its own with `async with db():` inside the task, "
+    "or end one before the other"
+)
 _START_AGAIN: Final = (
     "call rollback() and start again, or let an error leave the unit; what may fail belongs into "
     "`async with db.unit.savepoint():`"
@@ -112,13 +116,13 @@ class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
     Raised before the session's state or its connection is touched. Tasks may use one session in
     turn; at the same time each needs its own. On MySQL and MariaDB a stream that has rows left is in the
-    middle, too, also for the task that reads it: another statement would cost it those rows.
+    middle, too, also for the task that reads it: another statement would cost it those rows. With asyncpg
+    so is another event loop that runs in another thread and has connections in the same pool.
     """
 
-    def __init__(self, database: str, attempt: str, busy: str) -> None:
+    def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None:
         super().__init__(
-            f"{attempt} on a session of {database} on which {busy}: run them by `db.gather(...)`, give each "
-            "task a unit of its own with `async with db():` inside the task, or end one before the other."
+            f"{attempt} on a session of {database} on which {busy}: {remedy or _ONE_TASK_AT_A_TIME}."
         )
 
 

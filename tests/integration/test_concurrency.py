@@ -5,13 +5,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import anyio.from_thread
 import pytest
 from attrs import define
 from fastapi import FastAPI
 from sqlalchemy import AsyncAdaptedQueuePool, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from starlette.middleware import Middleware
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from fastapi_async_sqlalchemy import ConcurrentUseError, UnitClosedError, create_middleware_and_session_proxy
 from tests.databases import JudgeFor
@@ -19,6 +21,7 @@ from tests.integration.gate import Gate, closed, gate_of, passing
 from tests.integration.interruption import Exchange, Interrupted
 from tests.integration.site import Site
 from tests.integration.tables import Note, engine_with_tables
+from tests.serving import asgi_client
 from tests.versions import survives_cancellation
 
 pytestmark = survives_cancellation
@@ -506,3 +509,63 @@ async def test_unit_ends_under_a_statement_of_its_connection(site: Narrow, what:
         if exchange.status == 200:
             acknowledged.append(f"{number:02}")
     assert await site.notes() == acknowledged
+
+
+# Another event loop
+
+
+async def test_loop_of_another_thread(postgresql_site: Narrow) -> None:
+    """`asyncio.run()` in a `def` route is refused before it breaks a connection that later requests get."""
+    site = postgresql_site
+
+    async def write(note: str) -> None:
+        site.db.session.add(Note(text=note))
+        await site.db.session.flush()
+
+    async def write_on_its_own() -> None:
+        async with site.db(commit_on_exit=True):
+            await write("refused")
+
+    @site.app.get("/{number}")
+    async def innocent(number: int) -> None:
+        await write(f"innocent {number}")
+
+    @site.app.get("/loop/unit")
+    def in_the_unit() -> None:
+        asyncio.run(write("refused"))
+
+    @site.app.get("/loop/own")
+    def in_a_unit_of_its_own() -> None:
+        asyncio.run(write_on_its_own())
+
+    @site.app.get("/thread/unit")
+    def in_the_same_loop() -> None:
+        anyio.from_thread.run(write, "thread")
+
+    @site.app.exception_handler(ConcurrentUseError)
+    async def refused(request: Request, error: ConcurrentUseError) -> PlainTextResponse:
+        return PlainTextResponse(str(error), status_code=503)
+
+    async with asgi_client(site.app) as client:
+        assert (await client.get("/0")).status_code == 200
+        for path in ("/loop/unit", "/loop/own"):
+            response = await client.get(path)
+            assert (response.status_code, "another running event loop" in response.text) == (503, True)
+        paths = ["/1", "/thread/unit", "/2", "/3"]
+        assert [(await client.get(path)).status_code for path in paths] == [200] * 4
+    assert await site.notes() == ["innocent 0", "innocent 1", "innocent 2", "innocent 3", "thread"]
+
+
+async def test_loop_of_another_thread_with_an_empty_pool(postgresql_site: Narrow) -> None:
+    """One loop after the other may use an engine whose connections are disposed between them."""
+    site = postgresql_site
+
+    async def write(note: str) -> None:
+        async with site.db(commit_on_exit=True) as unit:
+            unit.session.add(Note(text=note))
+        await site.engine.dispose()
+
+    await write("here")
+    await asyncio.to_thread(asyncio.run, write("there"))
+    await write("here again")
+    assert await site.notes() == ["here", "here again", "there"]
