@@ -432,6 +432,7 @@ UnitClosedError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportA
 ConcurrentUseError(database=5, attempt="b", busy="c")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ConcurrentUseError(database="a", attempt=5, busy="c")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ConcurrentUseError(database="a", attempt="b", busy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+ConcurrentUseError(database="a", attempt="b", busy="c", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 UnexpectedRollbackError(database=5, reason="b")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 UnexpectedRollbackError(database="shop", reason="x", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 UnitClosedError(database="shop", opening=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

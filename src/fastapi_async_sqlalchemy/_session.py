@@ -192,9 +192,13 @@ class ObservedSession(Session):
             self.uow_forget()
 
     def end(self) -> None:
-        """Close for good; sends nothing where no transaction is open."""
+        """Close for good; sends nothing where no transaction is open.
+
+        SQLAlchemy takes as long for it as for making a session, so that one which holds nothing is spared it.
+        """
         self.uow_closed = True
-        Session.close(self)
+        if self.in_transaction() or next(iter(self), None) is not None:
+            Session.close(self)
         self.uow_released()
 
     def uow_before_operation(self, operation: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
-from attrs import define
+from attrs import define, field
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -151,32 +151,28 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         if self._admission is not None and not self._admission.admitted(scope):
             await self._admission.serve(self, scope, receive, send)
             return
-        exchange = _Exchange(
-            self._policy,
-            UnitOfWork(self._terms, self._current.get(), scope),
-            send,
-            scope.get("app"),
-            sys.exception(),
-        )
-        self._current.set(exchange.unit)
+        unit = _RequestUnit(self._terms, self._current.get(), scope)
+        unit.policy, unit.forward, unit.app = self._policy, send, scope.get("app")
+        unit.outer_exception = sys.exception()
+        self._current.set(unit)
         try:
             try:
-                await self.app(scope, receive, exchange.send)
-                if exchange.failure is not None:
-                    raise exchange.failure  # noqa: TRY301  # the application has swallowed it
+                await self.app(scope, receive, unit.send)
+                if unit.failure is not None:
+                    raise unit.failure  # noqa: TRY301  # the application has swallowed it
             except Exception:  # middlewares outside see that the answer handles it
-                if exchange.failure is None:
+                if unit.failure is None:
                     raise
-                await exchange.answer(receive)
-            if not exchange.unit.finish_idle():
-                await exchange.finish()
+                await unit.answer(receive)
+            if not unit.finish_idle():
+                await unit.finish_tail()
         except BaseException:
-            await exchange.unit.abandon()
+            await unit.abandon()
             raise
         finally:
             # a server may make a connection's next request from within this one's context: let no chain grow
-            self._current.set(exchange.unit.outer)
-            exchange.unit.outer = None
+            self._current.set(unit.outer)
+            unit.outer = None
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -210,14 +206,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
 
 
 @define(eq=False, repr=False, weakref_slot=False)
-class _Exchange:
-    """One request's response on its way to the client."""
+class _RequestUnit(UnitOfWork[Any]):
+    """A request's unit, and its response on its way to the client: one object, as every request makes it."""
 
-    policy: CommitPolicy
-    unit: UnitOfWork[Any]
-    forward: Send
-    app: object
-    outer_exception: BaseException | None
+    policy: CommitPolicy = field(init=False)
+    forward: Send = field(init=False)
+    app: object = field(init=False)
+    outer_exception: BaseException | None = field(init=False)
     failure: Exception | None = None
     """Why the response was abandoned: its commit failed."""
     standing: bool | None = None
@@ -228,7 +223,7 @@ class _Exchange:
     @property
     def scope(self) -> Scope:
         """The request's scope."""
-        return cast("Scope", self.unit.request)
+        return cast("Scope", self.request)
 
     def send(self, message: Message) -> Awaitable[None]:
         """Settle the unit before the response starts, note the response's end, pass everything on."""
@@ -239,7 +234,7 @@ class _Exchange:
             if self.sent != "nothing":  # the server will refuse it
                 return self.forward(message)
             self.sent = "start"
-            if self.unit.opened is not None or self.policy.commit_when is not None:
+            if self.opened is not None or self.policy.commit_when is not None:
                 return self.start(message, sys.exception())
         elif self.sent == "start" and kind in _LAST_OF_A_RESPONSE and not message.get("more_body"):
             return self.end(message)
@@ -254,29 +249,28 @@ class _Exchange:
         """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
         if exception is self.outer_exception:
             exception = None
-        unit = self.unit
         try:
             decision = self.policy.response(message["status"], exception)
-            held = await unit.settle(commit=decision)
+            held = await self.settle(commit=decision)
         except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
             self.failure = failure = self.told(error)
-            await unit.roll_back()
+            await self.roll_back()
             raise failure  # noqa: B904  # it is the error itself, or has it as its cause
         if held or self.policy.commit_when is not None:
             self.standing = decision
-        self.note(unit.watched)
+        self.note(self.watched)
         await self.forward(message)
 
     def note(self, session: ObservedSession | None) -> None:
         """Let the middlewares outside know that this database has committed something."""
         if session is not None and session.uow_wrote:
             committed: list[str] = self.scope.setdefault(_COMMITTED, [])
-            if self.unit.database.name not in committed:
-                committed.append(self.unit.database.name)
+            if self.database.name not in committed:
+                committed.append(self.database.name)
 
     def told(self, error: Exception) -> Exception:
         """Return the error of a commit, or what tells that other databases have committed before it."""
-        name = self.unit.database.name
+        name = self.database.name
         others = [other for other in self.scope.get(_COMMITTED, ()) if other != name]
         if not others:
             return error
@@ -285,19 +279,19 @@ class _Exchange:
         logger.error("%s", failure)
         return failure
 
-    async def finish(self) -> None:
+    async def finish_tail(self) -> None:
         """Settle what the tail began, or what its owner still holds, and close the unit."""
         commit: bool | None = False
         if self.failure is None:
             commit = self.policy.tail(self.standing, complete=self.sent == "all")
-        session = self.unit.watched
+        session = self.watched
         try:
-            await self.unit.finish(commit=commit)
+            await self.finish(commit=commit)
         except Exception as error:
             logger.exception(
                 "COMMIT on %s failed after the response had started: the client has been told of a success "
                 "that does not include what came later.",
-                self.unit.database.name,
+                self.database.name,
             )
             raise self.told(error)  # noqa: B904  # as above
         self.note(session)
