@@ -121,7 +121,7 @@ class SessionProxy(Handle[S_co]):
         Raises ``SessionNotInitialisedError`` before there is an engine, ``ConfigurationError`` for a wrong
         argument; on entry ``PropagationError``.
         """
-        if commit_on_exit is not False:
+        if commit_on_exit is not False and commit_on_exit is not True:
             boolean("commit_on_exit", commit_on_exit)
         database, make, limits = self.database, None, None
         settings = database.settings
