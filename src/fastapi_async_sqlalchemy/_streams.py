@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import ref
 
 from attrs import frozen
@@ -47,8 +47,8 @@ class Stream:
 
 def cursor_of(result: Result[Any]) -> CursorResult[Any] | None:
     """Return what fetches the rows of a result; None is for one that came from memory."""
-    raw: Any = getattr(result, "raw", result)
-    return cast("CursorResult[Any]", raw) if isinstance(raw, CursorResult) else None
+    raw: Result[Any] = getattr(result, "raw", result)
+    return raw if isinstance(raw, CursorResult) else None
 
 
 def stream_of(result: Result[Any], cursor: CursorResult[Any]) -> Stream:
