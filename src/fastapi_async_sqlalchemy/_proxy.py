@@ -131,8 +131,10 @@ class SessionProxy(Handle[S_co]):
             make = database.maker(session_args, settings)
         if pool_timeout is not None or max_concurrent is not None:
             limits = limits_of("pool_timeout", pool_timeout, max_concurrent)
-        asked = Terms(database, settings, make, limits, commit_on_exit) if make or limits else None
-        new = UnitScope(asked or database.terms[commit_on_exit], self.current)
+        terms = database.terms[commit_on_exit]
+        if make or limits:
+            terms = Terms(database, settings, make, limits, commit_on_exit)
+        new = UnitScope(terms, self.current)
         if multi_sessions is not False or max_concurrent is not None:
             return self._for_each_task(new, multi_sessions, propagation, (wait_for, timeout, fallback))
         if wait_for is not None or timeout is not None or fallback is not None:
@@ -309,10 +311,11 @@ class SessionProxy(Handle[S_co]):
             raise ConfigurationError(message)
 
         def scope() -> PropagatingScope[S_co]:
-            plain = settings is self.database.settings
-            make = None if plain else self.database.maker(None, settings)
-            new = UnitScope(Terms(self.database, settings, make, commit_on_exit=True), self.current)
-            return PropagatingScope(new, propagation, has_session_args=False)
+            terms = self.database.terms[True]
+            if settings is not terms.settings:
+                make = self.database.maker(None, settings)
+                terms = Terms(self.database, settings, make, commit_on_exit=True)
+            return PropagatingScope(UnitScope(terms, self.current), propagation, has_session_args=False)
 
         def decorate(function: F) -> F:
             return transactional(function, scope, lambda: scope().joins() is None, retries)
