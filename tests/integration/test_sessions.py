@@ -6,6 +6,7 @@ import pytest
 from fastapi import Response
 from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import object_session
 from starlette.background import BackgroundTask
 
 from fastapi_async_sqlalchemy import UnitOfWork
@@ -193,3 +194,25 @@ async def test_value_that_changes_is_a_write(
             note = (await unit.session.scalars(select(Note))).one()
             note.text = "new"
         assert "0 statements and 1 unflushed objects are rolled back" in complaints(caplog)[0]
+
+
+class FalseNote(Note):
+    """An object that counts as false."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [Note, FalseNote])
+async def test_objects_outlive_their_unit(worker: Site, kind: type[Note]) -> None:
+    """What a unit leaves belongs to no session, also where somebody has that still: the next takes it."""
+    note = kind(text="first")
+    async with worker.db(commit_on_exit=True) as unit:
+        kept = unit.session
+        kept.add(note)
+        await unit.commit()
+    assert (object_session(note), list(kept)) == (None, [])
+    async with worker.db(commit_on_exit=True) as unit:
+        unit.session.add(note)
+        note.text = "second"
+    assert await worker.notes() == ["second"]
