@@ -373,7 +373,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")  # aiosqlite's, a cancelled connect()
 @pytest.mark.parametrize(
     ("variant", "pool"), [*product(VARIANTS, ["warm"]), *product(list(VARIANTS)[:4], ["cold"])]
 )

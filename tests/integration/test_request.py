@@ -965,7 +965,6 @@ async def test_handler_for_everything_answers_and_the_error_goes_on(
 @around
 @pytest.mark.parametrize("handled", [True, False])
 @pytest.mark.parametrize("streamed", [True, False])
-@pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
 async def test_nothing_of_the_original_response_is_left(
     make_site: MakeSite,
     deferring_url: str,
