@@ -1,0 +1,158 @@
+"""A request: its unit of work, settled before the response starts, and the response's way to the client."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from attrs import define, field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
+
+from ._unit import UnitOfWork
+from .exceptions import PartialCommitError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from ._options import CommitPolicy
+    from ._session import ObservedSession
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_COMMITTED: Final = "fastapi_async_sqlalchemy.committed"
+"""The scope's key of the list of databases that have committed for this request, inner ones first."""
+_LAST_OF_A_RESPONSE: Final = frozenset(
+    {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
+)
+"""The messages of which the last one, without ``more_body``, ends the body."""
+
+
+@define(eq=False, repr=False, weakref_slot=False)
+class RequestUnit(UnitOfWork[Any]):
+    """A request's unit, and its response on its way to the client: one object, as every request makes it."""
+
+    policy: CommitPolicy = field(init=False)
+    forward: Send = field(init=False)
+    app: object = field(init=False)
+    outer_exception: BaseException | None = field(init=False)
+    failure: Exception | None = None
+    """Why the response was abandoned: its commit failed."""
+    standing: bool | None = None
+    """What the start of the response decided for the rest as well; None if that is decided anew."""
+    sent: Literal["nothing", "start", "all"] = "nothing"
+    """How much of the response has gone out."""
+
+    @property
+    def scope(self) -> Scope:
+        """The request's scope."""
+        return cast("Scope", self.request)
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Settle the unit before the response starts, note the response's end, pass everything on."""
+        if self.failure is not None:
+            return _drop()
+        kind = message["type"]
+        if kind == "http.response.start":
+            if self.sent != "nothing":  # the server will refuse it
+                return self.forward(message)
+            self.sent = "start"
+            if self.opened is not None or self.policy.commit_when is not None:
+                return self.start(message, sys.exception())
+        elif self.sent == "start" and kind in _LAST_OF_A_RESPONSE and not message.get("more_body"):
+            return self.end(message)
+        return self.forward(message)
+
+    async def end(self, message: Message) -> None:
+        """Forward the last message of the body, and note that it went out."""
+        await self.forward(message)
+        self.sent = "all"
+
+    async def start(self, message: Message, exception: BaseException | None) -> None:
+        """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
+        if exception is self.outer_exception:
+            exception = None
+        try:
+            decision = self.policy.response(message["status"], exception)
+            held = await self.settle(commit=decision)
+        except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
+            self.failure = failure = self.told(error)
+            await self.roll_back()
+            raise failure  # noqa: B904  # it is the error itself, or has it as its cause
+        if held or self.policy.commit_when is not None:
+            self.standing = decision
+        self.note(self.watched)
+        await self.forward(message)
+
+    def note(self, session: ObservedSession | None) -> None:
+        """Let the middlewares outside know that this database has committed something."""
+        if session is not None and session.uow_wrote:
+            committed: list[str] = self.scope.setdefault(_COMMITTED, [])
+            if self.database.name not in committed:
+                committed.append(self.database.name)
+
+    def told(self, error: Exception) -> Exception:
+        """Return the error of a commit, or what tells that other databases have committed before it."""
+        name = self.database.name
+        others = [other for other in self.scope.get(_COMMITTED, ()) if other != name]
+        if not others:
+            return error
+        failure = PartialCommitError(others, name)
+        failure.__cause__ = error
+        logger.error("%s", failure)
+        return failure
+
+    async def finish_tail(self) -> None:
+        """Settle what the tail began, or what its owner still holds, and close the unit."""
+        commit: bool | None = False
+        if self.failure is None:
+            commit = self.policy.tail(self.standing, complete=self.sent == "all")
+        session = self.watched
+        try:
+            await self.finish(commit=commit)
+        except Exception as error:
+            logger.exception(
+                "COMMIT on %s failed after the response had started: the client has been told of a success "
+                "that does not include what came later.",
+                self.database.name,
+            )
+            raise self.told(error)  # noqa: B904  # as above
+        self.note(session)
+
+    async def answer(self, receive: Receive) -> None:
+        """Answer for a failed commit by the application's own handler; without one the error goes on."""
+        failure = cast("Exception", self.failure)
+        handler = self.handler(failure)
+        if handler is None:
+            raise failure
+        request = Request(self.scope, receive)
+        if inspect.iscoroutinefunction(handler):
+            response = await handler(request, failure)
+        else:
+            response = await run_in_threadpool(handler, request, failure)
+            if inspect.isawaitable(response):  # an object whose __call__ is a coroutine function
+                response = await response
+        await response(self.scope, receive, self.forward)
+
+    def handler(self, error: Exception) -> Callable[..., Any] | None:
+        """Find the handler of an error as Starlette does."""
+        # a mounted application has put itself into the scope: its handlers come first, as for any error;
+        # those for Exception belong to Starlette's ServerErrorMiddleware, outside, which also re-raises
+        for app in (self.scope.get("app"), self.app):
+            handlers: Mapping[Any, Callable[..., Any]] = getattr(app, "exception_handlers", {})
+            if isinstance(error, HTTPException) and error.status_code in handlers:
+                return handlers[error.status_code]
+            for class_ in type(error).__mro__:
+                if class_ is not Exception and class_ in handlers:
+                    return handlers[class_]
+        return ExceptionMiddleware(_drop).http_exception if isinstance(error, HTTPException) else None
+
+
+async def _drop(*_: object) -> None:
+    """Take the place of sending a message of an abandoned response."""
