@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import fastapi
 from attrs import frozen
 
 Database = Literal["main", "ledger"]
@@ -68,6 +69,11 @@ def _never(parts: str) -> Transaction:
 
 
 _A = _response("a")
+_FASTAPI = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
+_TEARDOWN_FOLLOWS = _FASTAPI >= (0, 118)
+"""Teardowns come after the response, but for those that are asked, since 0.121, to come before."""
+_TORN_DOWN_BEFORE = Promise((_response("at"),))
+_TORN_DOWN_AFTER = Promise((_A, _tail("t"))) if _TEARDOWN_FOLLOWS else _TORN_DOWN_BEFORE
 ROUTES = {
     "plain": Promise((_response("ab"),)),
     "read": Promise(()),
@@ -81,8 +87,8 @@ ROUTES = {
     "stream_left": Promise((_A, _never("t")), client_leaves=True),
     "background": Promise((_A, _tail("t"))),
     "background_fails": Promise((_A, _never("t")), fails_late=True),
-    "teardown_function": Promise((_response("at"),)),
-    "teardown_request": Promise((_A, _tail("t"))),
+    "teardown_function": _TORN_DOWN_AFTER if _FASTAPI < (0, 121) else _TORN_DOWN_BEFORE,
+    "teardown_request": _TORN_DOWN_AFTER,
     "nested": Promise((_response("ac"), _never("b"))),
     "savepoint": Promise((_response("ac"), _never("b"))),
     "swallow": Promise((_A, _never("b"))),

@@ -18,6 +18,7 @@ PACKAGE = "fastapi_async_sqlalchemy"
 ROOMS = (
     "_pool_status",
     "exceptions",
+    "_arguments",
     "_options",
     "_pool",
     "_hooks",
