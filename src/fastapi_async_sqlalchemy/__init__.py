@@ -1,9 +1,10 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
+from ._arguments import EngineArgs, SessionArgs
 from ._atomic import atomic
 from ._concurrency import UnitTaskGroup
 from ._hooks import BeginHook, Hook
-from ._options import CommitWhen, EngineArgs, IsolationLevel, Propagation, SessionArgs, pgbouncer_engine_args
+from ._options import CommitWhen, IsolationLevel, Propagation, pgbouncer_engine_args
 from ._pool_status import PoolStatus
 from ._proxy import SessionProxy
 from ._replica import WalPosition

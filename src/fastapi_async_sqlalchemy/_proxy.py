@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from ._arguments import EngineArgs, SessionArgs
     from ._concurrency import Children
     from ._context import Current
-    from ._options import EngineArgs, IsolationLevel, Propagation, SessionArgs
+    from ._options import IsolationLevel, Propagation
     from ._pool_status import PoolStatus
     from ._replica import WalPosition
     from ._transaction import TransactionSettings

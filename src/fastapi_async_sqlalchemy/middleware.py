@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from ._arguments import EngineArgs, SessionArgs
     from ._context import Current
-    from ._options import CommitWhen, EngineArgs, SessionArgs
+    from ._options import CommitWhen
 
 __all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
