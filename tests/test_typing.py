@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_overloads
+from typing import get_overloads, get_type_hints
 
 import pytest
 from sqlalchemy import create_engine
@@ -177,6 +177,12 @@ def test_session_args_are_those_of_sqlalchemy() -> None:
     assert theirs - ours <= NOT_IN_SESSION_ARGS.keys()
     assert ours - theirs <= NOT_IN_EVERY_SQLALCHEMY[SessionArgs].keys()
     assert not ours & NOT_IN_SESSION_ARGS.keys()
+
+
+@pytest.mark.parametrize("arguments", [EngineArgs, SessionArgs])
+def test_arguments_can_be_read_at_run_time(arguments: type) -> None:
+    """Whoever asks for the types of the keyword arguments, as libraries for settings do, is given them."""
+    assert get_type_hints(arguments).keys() == arguments.__annotations__.keys()
 
 
 def calls(program: str) -> Iterator[tuple[str, ast.Call]]:

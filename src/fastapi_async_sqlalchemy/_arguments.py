@@ -1,14 +1,15 @@
 """The keyword arguments of engines and sessions that a caller may give.
 
-Annotations are evaluated here, unlike in the other rooms: a ``TypedDict`` of strings compiles each of them
-when it is made, and whoever reads the hints at run time, as pydantic does, finds types.
+Annotations are evaluated here, unlike in the other rooms: a ``TypedDict`` of strings would compile each of
+them at import, and whoever reads them at run time would have to know our imports.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, TypedDict
 
-from sqlalchemy.engine.interfaces import DBAPIConnection, IsolationLevel
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Mapper, Query, Session
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
@@ -28,7 +29,7 @@ class EngineArgs(TypedDict, total=False):
     hide_parameters: bool
     implicit_returning: Literal[True]
     insertmanyvalues_page_size: int
-    isolation_level: IsolationLevel
+    isolation_level: EngineIsolationLevel
     json_deserializer: Callable[[str], object]
     json_serializer: Callable[[Any], str]
     label_length: int | None
