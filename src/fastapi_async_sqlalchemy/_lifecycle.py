@@ -87,7 +87,7 @@ class Lifecycle(Generic[S_co]):
         opened, session = self.opened, self.watched
         if opened is None or session is None:
             return False
-        if commit and session.uow_holder is not None:
+        if commit and session.uow_holder is not None and (session.has_written() or self.hooks is not None):
             await session.idle()
         if self.hooks is not None:
             commit = await self._begin_settling(self.hooks, session, commit=commit)

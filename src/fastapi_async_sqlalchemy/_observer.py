@@ -331,7 +331,7 @@ def _in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(session: ObservedSession, *args: Any, **kwargs: Any) -> Any:
         if session.uow_closed or session.uow_holder is not None:
-            session.uow_reenter(_current_task(), name)
+            session.uow_change(_current_task(), name)
         return method(session, *args, **kwargs)
 
     return operation

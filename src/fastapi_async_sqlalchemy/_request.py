@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from attrs import define, field
@@ -13,21 +14,25 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
+from ._lifecycle import Lifecycle
 from ._unit import UnitOfWork
 from .exceptions import PartialCommitError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from starlette.types import Message, Receive, Scope, Send
 
+    from ._database import Database
     from ._options import CommitPolicy
     from ._session import ObservedSession
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
-_COMMITTED: Final = "fastapi_async_sqlalchemy.committed"
-"""The scope's key of the list of databases that have committed for this request, inner ones first."""
+_PARTS: Final = 16
+"""So many messages of a request's body are kept for the handler of a failed commit."""
+_TOO_LONG: Final = ({"type": "http.disconnect"},)
+"""What that handler is given in place of a longer body, so that it does not wait for one that has gone."""
 _LAST_OF_A_RESPONSE: Final = frozenset(
     {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
 )
@@ -39,6 +44,7 @@ class RequestUnit(UnitOfWork[Any]):
     """A request's unit, and its response on its way to the client: one object, as every request makes it."""
 
     policy: CommitPolicy = field(init=False)
+    listen: Receive = field(init=False)
     forward: Send = field(init=False)
     app: object = field(init=False)
     outer_exception: BaseException | None = field(init=False)
@@ -46,8 +52,12 @@ class RequestUnit(UnitOfWork[Any]):
     """Why the response was abandoned: its commit failed."""
     standing: bool | None = None
     """What the start of the response decided for the rest as well; None if that is decided anew."""
-    sent: Literal["nothing", "start", "all"] = "nothing"
-    """How much of the response has gone out."""
+    sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
+    """How much of the response has gone out, or is about to; cut is one whose client left."""
+    heard: tuple[Message, ...] = ()
+    """The request's body, as far as the application has asked for it."""
+    committed: list[Database[Any]] | None = None
+    """The databases that middlewares inside have committed."""
 
     @property
     def scope(self) -> Scope:
@@ -71,13 +81,35 @@ class RequestUnit(UnitOfWork[Any]):
 
     async def end(self, message: Message) -> None:
         """Forward the last message of the body, and note that it went out."""
+        self.sent = "end"
         await self.forward(message)
         self.sent = "all"
+
+    async def receive(self) -> Message:
+        """Pass on what the client sends; that it left is noted, as some middlewares end the body then."""
+        message = await self.listen()
+        if message["type"] == "http.request":
+            if self.heard is not _TOO_LONG:
+                self.heard = (*self.heard, message) if len(self.heard) < _PARTS else _TOO_LONG
+        elif self.sent == "start":
+            self.sent = "cut"
+        return message
+
+    async def replay(self) -> Message:
+        """Hand the request's body out once more, to whoever answers for a failed commit."""
+        if not self.heard:
+            return await self.listen()
+        message, *rest = self.heard
+        self.heard = tuple(rest)
+        return message
 
     async def start(self, message: Message, exception: BaseException | None) -> None:
         """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
         if exception is self.outer_exception:
             exception = None
+        session = self.watched
+        if session is not None:
+            session.uow_settling = True
         try:
             decision = self.policy.response(message["status"], exception)
             held = await self.settle(commit=decision)
@@ -85,25 +117,44 @@ class RequestUnit(UnitOfWork[Any]):
             self.failure = failure = self.told(error)
             await self.roll_back()
             raise failure  # noqa: B904  # it is the error itself, or has it as its cause
+        except BaseException:  # cut short, and something inside may answer for it
+            self.sent = "nothing"
+            raise
+        finally:
+            if session is not None:
+                session.uow_settling = False
         if held or self.policy.commit_when is not None:
             self.standing = decision
+        self.heard = ()
         self.note(self.watched)
         await self.forward(message)
 
     def note(self, session: ObservedSession | None) -> None:
         """Let the middlewares outside know that this database has committed something."""
         if session is not None and session.uow_wrote:
-            committed: list[str] = self.scope.setdefault(_COMMITTED, [])
-            if self.database.name not in committed:
-                committed.append(self.database.name)
+            for unit in self.others():
+                unit.committed = [*(unit.committed or ()), self.database]
+
+    def others(self) -> Iterator[RequestUnit]:
+        """Find the units of other middlewares that the request has passed, as far as they can be seen here.
+
+        Each is bound to a variable of its own in this very context; the scope may be a copy on either side.
+        """
+        for bound in copy_context().values():
+            unit = bound
+            while isinstance(unit, Lifecycle):
+                if isinstance(unit, RequestUnit) and unit is not self and unit.belongs_to(self.scope):
+                    yield unit
+                unit = unit.outer
 
     def told(self, error: Exception) -> Exception:
         """Return the error of a commit, or what tells that other databases have committed before it."""
-        name = self.database.name
-        others = [other for other in self.scope.get(_COMMITTED, ()) if other != name]
-        if not others:
+        sessions = [(unit.database, unit.watched) for unit in self.others()]
+        by_hand = [database for database, session in sessions if session is not None and session.uow_wrote]
+        names = dict.fromkeys(database.name for database in (*(self.committed or ()), *by_hand))
+        if not names:
             return error
-        failure = PartialCommitError(others, name)
+        failure = PartialCommitError([*names], self.database.name)
         failure.__cause__ = error
         logger.error("%s", failure)
         return failure
@@ -125,20 +176,20 @@ class RequestUnit(UnitOfWork[Any]):
             raise self.told(error)  # noqa: B904  # as above
         self.note(session)
 
-    async def answer(self, receive: Receive) -> None:
+    async def answer(self) -> None:
         """Answer for a failed commit by the application's own handler; without one the error goes on."""
         failure = cast("Exception", self.failure)
         handler = self.handler(failure)
         if handler is None:
             raise failure
-        request = Request(self.scope, receive)
+        request = Request(self.scope, self.replay)
         if inspect.iscoroutinefunction(handler):
             response = await handler(request, failure)
         else:
             response = await run_in_threadpool(handler, request, failure)
             if inspect.isawaitable(response):  # an object whose __call__ is a coroutine function
                 response = await response
-        await response(self.scope, receive, self.forward)
+        await response(self.scope, self.listen, self.forward)
 
     def handler(self, error: Exception) -> Callable[..., Any] | None:
         """Find the handler of an error as Starlette does."""

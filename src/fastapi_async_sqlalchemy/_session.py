@@ -99,6 +99,8 @@ class ObservedSession(Session):
     uow_lent: bool = False
     """The connection was handed out: a task may be in the middle of a statement on it."""
     uow_waiter: asyncio.Future[None] | None = None
+    uow_settling: bool = False
+    """A response is about to start: other tasks wait until the transaction is decided."""
     uow_followed: bool = False
     uow_xid: str = ""
     """The name of its transaction, where that takes part in a two-phase commit."""
@@ -321,7 +323,22 @@ class ObservedSession(Session):
             )
 
     def uow_reenter(self, task: asyncio.Task[Any] | None, operation: str) -> bool:
-        """Let an operation call another of the same task, and refuse anything else."""
+        """Let an operation call another of the same task, or wait for a settlement; refuse anything else.
+
+        Returns whether it is inside another one.
+        """
+        while self.uow_settling and self.uow_holder is not None and self.uow_holder is not task:
+            await_only(self.idle())
+        self.uow_refuse(task, operation)
+        return self.uow_holder is not None
+
+    def uow_change(self, task: asyncio.Task[Any] | None, operation: str) -> None:
+        """Let objects be added during a settlement, unless that is a rollback, which would drop them."""
+        if self.uow_closed or not self.uow_settling or self.uow_operation == "rollback":
+            self.uow_refuse(task, operation)
+
+    def uow_refuse(self, task: asyncio.Task[Any] | None, operation: str) -> None:
+        """Refuse an operation after the unit's end, and in the middle of another task's."""
         if self.uow_closed:
             raise UnitClosedError(self.uow_shared.name)
         if self.uow_holder is not None and self.uow_holder is not task:
@@ -330,7 +347,6 @@ class ObservedSession(Session):
                 f"{task_name(task)} called {operation}()",
                 f"{task_name(self.uow_holder)} is in the middle of {self.uow_operation}()",
             )
-        return True
 
     def uow_left(self, task: asyncio.Task[Any] | None) -> None:
         """End an operation that somebody waits for, or that its unit did not wait for."""

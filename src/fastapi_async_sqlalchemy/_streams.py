@@ -26,8 +26,10 @@ class Stream:
     def unread(self) -> bool:
         """Whether somebody has it and has not read it to its end."""
         held = self._held()
+        if not isinstance(held, Result):
+            return held is not None and not self._exhausted
         # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
-        return held is not None and not getattr(held, "_soft_closed", self._exhausted)
+        return not held._soft_closed  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     @property
     def between_rows(self) -> bool:

@@ -138,20 +138,23 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._admission.serve(self, scope, receive, send)
             return
         unit = RequestUnit(self._terms, self._current.get(), scope)
-        unit.policy, unit.forward, unit.app = self._policy, send, scope.get("app")
+        unit.policy, unit.listen, unit.forward, unit.app = self._policy, receive, send, scope.get("app")
         unit.outer_exception = sys.exception()
         self._current.set(unit)
         try:
             try:
-                await self.app(scope, receive, unit.send)
+                await self.app(scope, unit.receive, unit.send)
                 if unit.failure is not None:
                     raise unit.failure  # noqa: TRY301  # the application has swallowed it
             except Exception:  # middlewares outside see that the answer handles it
                 if unit.failure is None:
                     raise
-                await unit.answer(receive)
+                await unit.answer()
+            session = unit.watched
             if not unit.finish_idle():
                 await unit.finish_tail()
+            elif session is not None:
+                unit.note(session)  # the application may have committed by hand
         except BaseException:
             await unit.abandon()
             raise
