@@ -25,6 +25,7 @@ from ._database import Terms
 from ._ending import to_completion
 from ._options import shown
 from ._proxy import SessionProxy
+from ._transaction import commits_by_itself
 from .exceptions import ConfigurationError, InDoubtError, UnexpectedRollbackError, UnitClosedError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def atomic(*databases: SessionProxy[AsyncSession]) -> AbstractAsyncContextManage
         message = "atomic() takes two databases or more, each at a URL of its own: use `db()` for one."
         raise ConfigurationError(message)
     for proxy in databases:
-        if _commits_by_itself(proxy.engine):
+        if commits_by_itself(proxy.engine):
             message = (
                 f"{proxy.database.name} is in AUTOCOMMIT, and atomic() could not roll it back: "
                 "give it an engine without isolation_level='AUTOCOMMIT'."
@@ -123,11 +124,6 @@ def _require_proxy(value: object) -> None:
     if not isinstance(value, SessionProxy):
         message = f"databases must be proxies such as `db`, not {shown(value)}."
         raise ConfigurationError(message)
-
-
-def _commits_by_itself(engine: AsyncEngine) -> bool:
-    level = engine.dialect._on_connect_isolation_level  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # there is no public name
-    return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
 def _scope(proxy: SessionProxy[AsyncSession]) -> UnitScope[Any]:

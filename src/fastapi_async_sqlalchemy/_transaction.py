@@ -14,7 +14,7 @@ from .exceptions import ConfigurationError, ReadOnlyError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.engine import Connection
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import Session, UOWTransaction
@@ -83,11 +83,11 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
     Raises ``ConfigurationError`` for what the database does not have.
     """
     dialect = engine.dialect
-    derived = engine.execution_options(**_options_of(dialect, settings))
+    derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
         derived.sync_engine.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
-    if settings.isolation_level is not None and dialect.name in _SET_SESSION:
+    if settings.isolation_level is not None:
         event.listen(derived.sync_engine, "begin", _isolation_begin(settings.isolation_level))
         event.listen(derived.sync_engine, "begin_twophase", _isolation_begin(settings.isolation_level))
         event.listen(engine.sync_engine.pool, "reset", _restore_level)
@@ -100,9 +100,16 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
     return derived
 
 
-def _options_of(dialect: Dialect, settings: TransactionSettings) -> dict[str, object]:
+def commits_by_itself(engine: AsyncEngine) -> bool:
+    """Whether an engine is in AUTOCOMMIT: what it sends is stored at once."""
+    level = engine.dialect._on_connect_isolation_level  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
+
+
+def _options_of(engine: AsyncEngine, settings: TransactionSettings) -> dict[str, object]:
     """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
     options: dict[str, object] = {}
+    dialect = engine.dialect
     if settings.twophase and dialect.name not in {"postgresql", *_SET_SESSION}:
         message = f"{dialect.name} has no two-phase commit: leave it out of atomic()."
         raise ConfigurationError(message)
@@ -114,8 +121,6 @@ def _options_of(dialect: Dialect, settings: TransactionSettings) -> dict[str, ob
                 f"{dialect.name} has no isolation_level {settings.isolation_level!r}: use one of {known}."
             )
             raise ConfigurationError(message)
-        if dialect.name not in _SET_SESSION:
-            options["isolation_level"] = settings.isolation_level
     if settings.deferrable:
         if dialect.name != "postgresql":
             message = f"deferrable is PostgreSQL's alone: leave it out for {dialect.name}."
@@ -123,14 +128,20 @@ def _options_of(dialect: Dialect, settings: TransactionSettings) -> dict[str, ob
         options["postgresql_deferrable"] = True
     if settings.read_only and dialect.name == "postgresql":
         options["postgresql_readonly"] = True
+    if options and settings.isolation_level is None and commits_by_itself(engine):
+        message = (
+            "read_only and deferrable are of a transaction, and this engine is in AUTOCOMMIT: "
+            "give isolation_level as well, or an engine without isolation_level='AUTOCOMMIT'."
+        )
+        raise ConfigurationError(message)
     return options
 
 
 def _isolation_begin(level: IsolationLevel) -> Callable[..., None]:
-    """Return what gives a connection its level where SQLAlchemy would do so by a statement.
+    """Return what gives a connection its level, when its transaction begins.
 
-    SQLAlchemy would restore it outside of what it does for a connection that breaks: one that breaks then
-    is lost to its pool, and its error seems to be COMMIT's.
+    By SQLAlchemy's own option a level of the engine's would win; and where it is restored by a statement, as
+    on MariaDB, a connection that breaks then is lost to its pool, and its error seems to be COMMIT's.
     """
 
     def set_level(connection: Connection, *_: object) -> None:

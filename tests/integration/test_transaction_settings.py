@@ -844,6 +844,49 @@ def test_level_that_the_database_lacks_is_refused(dialect: str, level: Any) -> N
     assert "AUTOCOMMIT" not in str(error.value)
 
 
+@pytest.mark.parametrize("given_by", ["isolation_level", "execution_options"])
+@pytest.mark.parametrize("outer", ["AUTOCOMMIT", "another"])
+async def test_level_of_a_unit_wins_over_its_engine(database_url: str, given_by: str, outer: str) -> None:
+    """A unit has its level, and a transaction, whatever its engine has, however that was given."""
+    dialect = make_url(database_url).get_backend_name()
+    levels: dict[str, Any] = {
+        "postgresql": "REPEATABLE READ",
+        "mysql": "READ COMMITTED",
+        "sqlite": "READ UNCOMMITTED",
+    }
+    level = outer if outer == "AUTOCOMMIT" else levels[dialect]
+    options: Any = {"isolation_level": level}
+    if given_by == "execution_options":
+        options = {"execution_options": options}
+    async with engine_with_tables(database_url) as engine:
+        await engine.dispose()
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+    async with db.connect(database_url, engine_args=options):
+        for _ in range(2):  # the second one on the same connection
+            async with db(isolation_level="SERIALIZABLE") as unit:
+                assert await level_of(unit.session) == "SERIALIZABLE"
+                await write_by_text(unit.session)
+                await unit.rollback()
+            async with db() as unit:
+                assert await unit.session.scalar(select(Note.text)) is None
+                if outer != "AUTOCOMMIT":
+                    assert await level_of(unit.session) == level
+
+
+@pytest.mark.parametrize("given_by", ["isolation_level", "execution_options"])
+@pytest.mark.parametrize("settings", [{"read_only": True}, {"deferrable": True}])
+def test_autocommit_has_no_transaction_to_be_read_only(given_by: str, settings: dict[str, Any]) -> None:
+    """On AUTOCOMMIT PostgreSQL would let a read-only unit write: it is refused, with both remedies."""
+    options: Any = {"isolation_level": "AUTOCOMMIT"}
+    if given_by == "execution_options":
+        options = {"execution_options": options}
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+    db.bind(create_async_engine(NO_SERVER["postgresql"], **options))
+    with pytest.raises(ConfigurationError, match="in AUTOCOMMIT: give isolation_level as well, or an engine"):
+        db(**settings)
+    db(**settings, isolation_level="SERIALIZABLE")
+
+
 async def test_refused_unit_leaves_the_proxy_whole(single: Site) -> None:
     """After a refusal the same proxy opens a unit with right settings."""
     dialect = single.engine.dialect.name
