@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
-_PARTS: Final = 16
-"""So many messages of a request's body are kept for the handler of a failed commit."""
+_KEPT_PARTS: Final = 256
+_KEPT_BYTES: Final = 1 << 20
+"""As much of a request's body is kept for the handler of a failed commit."""
 _TOO_LONG: Final = ({"type": "http.disconnect"},)
 """What that handler is given in place of a longer body, so that it does not wait for one that has gone."""
 _LAST_OF_A_RESPONSE: Final = frozenset(
@@ -89,8 +90,7 @@ class RequestUnit(UnitOfWork[Any]):
         """Pass on what the client sends; that it left is noted, as some middlewares end the body then."""
         message = await self.listen()
         if message["type"] == "http.request":
-            if self.heard is not _TOO_LONG:
-                self.heard = (*self.heard, message) if len(self.heard) < _PARTS else _TOO_LONG
+            self.heard = _with(self.heard, message)
         elif self.sent == "start":
             self.sent = "cut"
         return message
@@ -203,6 +203,14 @@ class RequestUnit(UnitOfWork[Any]):
                 if class_ is not Exception and class_ in handlers:
                     return handlers[class_]
         return ExceptionMiddleware(_drop).http_exception if isinstance(error, HTTPException) else None
+
+
+def _with(heard: tuple[Message, ...], message: Message) -> tuple[Message, ...]:
+    """Add a part to a body, unless that gets too long."""
+    if heard is _TOO_LONG or len(heard) >= _KEPT_PARTS:
+        return _TOO_LONG
+    size = sum(len(part.get("body", b"")) for part in (*heard, message))
+    return (*heard, message) if size <= _KEPT_BYTES else _TOO_LONG
 
 
 async def _drop(*_: object) -> None:
