@@ -25,6 +25,7 @@ ROOMS = (
     "_transaction",
     "_streams",
     "_statements",
+    "_session_state",
     "_session",
     "_ending",
     "_observer",

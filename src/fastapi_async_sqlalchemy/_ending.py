@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.exc import IllegalStateChangeError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from ._session import ENDINGS
+from ._session_state import ENDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -102,7 +102,7 @@ class Lifecycle(Generic[S_co]):
                     return True
                 await self.roll_back()
                 return False
-            await opened.run_sync(release)
+            await self._release(opened)
         if commit is not None and self.hooks is not None:
             await self.hooks.settled(committed=commit)
         return False
@@ -127,6 +127,13 @@ class Lifecycle(Generic[S_co]):
             await self.roll_back()
             return False
         return True
+
+    async def _release(self, opened: AsyncSession) -> None:
+        """Give the connection of what only read back, by a rollback that may fail as any."""
+        try:
+            await opened.run_sync(release)
+        except Exception:  # as below
+            logger.warning(_ROLLBACK_FAILED, self.database.name, exc_info=True)
 
     async def roll_back(self) -> None:
         """Roll back while the unit goes on; a rollback that fails loses its connection, which is as good."""
@@ -183,7 +190,7 @@ class Lifecycle(Generic[S_co]):
         doomed = self.hooks is not None and self.hooks.doom is not None
         if commit is None and not self._warn_of_discarded(session) and not doomed:
             if session.in_transaction() and not session.busy():
-                await opened.run_sync(release)
+                await self._release(opened)
             return True
         return False
 

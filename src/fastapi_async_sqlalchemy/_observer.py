@@ -21,7 +21,8 @@ from sqlalchemy.util import EMPTY_DICT
 
 from ._ending import let_go
 from ._pool import pool_status, remedy_for
-from ._session import ENDINGS, ObservedSession, Shared, task_name
+from ._session import ObservedSession
+from ._session_state import ENDINGS, Shared, task_name
 from ._statements import has_writing_part, verb_of
 from ._streams import cursor_of, stream_of
 from .exceptions import ConcurrentUseError, PoolTimeoutError, UnitClosedError
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext, ExecutionContext, Result
     from sqlalchemy.engine.interfaces import DBAPICursor
 
+    from ._session_state import SessionState
+
 _EXCLUSIVE: Final = (
     *("exec", "scalar", "scalars", "get", "get_one", "refresh", "merge", "merge_all", "delete"),
-    *("delete_all", "commit", "prepare", "connection", "begin", "begin_nested", "release"),
+    *("delete_all", "commit", "uow_commit", "prepare", "connection", "begin", "begin_nested", "release"),
     *("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
 _EXECUTE: Final = ("execute",)
-_CLEANUP: Final = ("rollback", "close", "reset", "invalidate")
+_CLEANUP: Final = ("rollback", "uow_rollback", "close", "reset", "invalidate")
 _GIVES_UP: Final = frozenset({*_CLEANUP, "release"})
 """The operations over which a stream may be left unread."""
 _TRANSACTION_LOST: Final = frozenset({1020, 1206, 1213})
@@ -119,7 +122,7 @@ class Watch(Shared):
 
     def _exclusive(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Let one task at a time into an operation that waits for the database."""
-        name = method.__name__
+        name = method.__name__.removeprefix("uow_")
 
         @functools.wraps(method)
         def operation(session: ObservedSession, *args: Any, **kwargs: Any) -> Any:
@@ -261,8 +264,8 @@ class Watch(Shared):
 
         return operation
 
-    def _session(self, connection: Connection) -> ObservedSession | None:
-        session = self.operating.get(_current_task())
+    def _session(self, connection: Connection) -> SessionState | None:
+        session: SessionState | None = self.operating.get(_current_task())
         if session is None and (used := self.connections.get(connection)) is not None:
             session = used()
         return session

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+from sqlalchemy.orm import SessionTransaction
 
 from ._database import S_co
 from ._hooks import ROLLBACK_ONLY, RegisteredHook
@@ -154,7 +155,7 @@ class Savepoint(AsyncSessionTransaction):
         at_hand = own is not None and own is self.session.sync_session.get_nested_transaction()
         if type_ is None and own is not None and at_hand and not own.is_active:
             try:
-                own.commit()  # raises what tells of the flush, and sends nothing
+                SessionTransaction.commit(own)  # raises what tells of the flush, and sends nothing
             except PendingRollbackError as error:
                 await super().__aexit__(type(error), error, error.__traceback__)
                 raise

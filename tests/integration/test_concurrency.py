@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, cast
 
 import anyio.from_thread
 import pytest
 from attrs import define
 from fastapi import FastAPI
-from sqlalchemy import AsyncAdaptedQueuePool, literal, select, text
+from sqlalchemy import AsyncAdaptedQueuePool, insert, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -471,6 +471,113 @@ async def test_unit_ends_under_a_commit(postgresql_site: Narrow, what: str) -> N
         await site.check_next()
         await site.children.pop()
         assert len(await site.notes()) == number + 1
+
+
+def block(site: Site, how: str) -> AbstractAsyncContextManager[Any]:
+    """Open a savepoint, or a transaction by name, in the current unit."""
+    if how == "savepoint":
+        return site.db.unit.savepoint()
+    if how == "nested":
+        return site.db(propagation="nested")
+    return site.db.session.begin_nested() if how == "begin_nested" else site.db.session.begin()
+
+
+async def leave_block(site: Site, how: str, inside: asyncio.Event, *, by_error: bool = False) -> None:
+    """Write in a block and leave it; who waits for the event runs while this task is at the block's end."""
+    async with block(site, how):
+        await site.db.session.execute(insert(Note).values(text="child"))
+        inside.set()
+        if by_error:
+            await fail()
+
+
+@pytest.mark.parametrize("what", ["fails", "is cancelled", "succeeds"])
+@pytest.mark.parametrize("end", ["released", "rolled back"])
+@pytest.mark.parametrize("how", ["savepoint", "nested", "begin_nested", "begin"])
+async def test_unit_ends_while_a_child_leaves_its_block(site: Narrow, how: str, end: str, what: str) -> None:
+    """A child that leaves a savepoint, or `session.begin()`, is waited for; the unit's own error goes on."""
+
+    @site.app.get("/")
+    async def route() -> None:
+        inside = asyncio.Event()
+        child = site.start(leave_block(site, how, inside, by_error=end == "rolled back"))
+        await inside.wait()
+        assert not child.done()
+        if what == "fails":
+            raise LookupError
+        if what == "is cancelled":
+            raise asyncio.CancelledError
+
+    expected = {"fails": LookupError, "is cancelled": asyncio.CancelledError, "succeeds": type(None)}
+    for number in range(ROUNDS // 10):
+        request = asyncio.create_task(Exchange("/").call(site.app))
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.wait({request, *site.children})
+        error = asyncio.CancelledError() if request.cancelled() else request.exception()
+        assert type(error) is expected[what]
+        await site.check_next()
+        child = site.children.pop()
+        await asyncio.wait({child})
+        assert type(child.exception()) is (type(None) if end == "released" else SiblingError)
+        stored = end == "released" and (how == "begin" or what == "succeeds")
+        assert await site.notes() == (["child"] if stored else []), number
+        await site.judge.execute("DELETE FROM note")
+
+
+async def test_leaving_a_block_is_an_operation(postgresql_site: Narrow) -> None:
+    """A second task that uses the session while the first one leaves a savepoint is refused by name."""
+    site = postgresql_site
+
+    async with site.db(commit_on_exit=True) as unit:
+        inside = asyncio.Event()
+        child = site.start(leave_block(site, "savepoint", inside))
+        await inside.wait()
+        with pytest.raises(
+            ConcurrentUseError, match=r"execute\(\).* task 'child' is in the middle of commit\(\)"
+        ):
+            await unit.session.execute(select(1))
+        await child
+    assert await site.notes() == ["child"]
+
+
+@pytest.mark.parametrize("what", ["fails", "succeeds"])
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("commit_on_exit", [True, False])
+async def test_unit_ends_under_a_statement_of_its_connection_and_has_nothing_to_flush(
+    database_url: str, judge_for: JudgeFor, what: str, *, written: bool, commit_on_exit: bool
+) -> None:
+    """Where the driver refuses COMMIT meanwhile, the connection is discarded, and no request gets it."""
+    async with open_narrow(database_url, judge_for, commit_on_exit=commit_on_exit) as site:
+
+        async def wait_on_connection(connection: AsyncConnection) -> None:
+            await connection.execute(passing(site.gate))
+
+        async def work(leaving: asyncio.Event) -> None:
+            async with site.db(commit_on_exit=commit_on_exit) as unit:
+                if written:
+                    unit.session.add(Note(text="note"))
+                    await unit.session.flush()
+                site.start(wait_on_connection(await unit.session.connection()))
+                await site.gate.reached()
+                leaving.set()
+                if what == "fails":
+                    await fail()
+
+        for _ in range(ROUNDS // 10):
+            leaving = asyncio.Event()
+            async with closed(site.gate):
+                unit = asyncio.create_task(work(leaving))
+                await leaving.wait()
+            async with asyncio.timeout(DEADLINE):
+                await asyncio.gather(unit, *site.children, return_exceptions=True)
+            site.children.clear()
+            await site.check_next()
+            committed = what == "succeeds" and written and commit_on_exit and unit.exception() is None
+            if not (
+                site.engine.dialect.name == "mysql" and unit.exception()
+            ):  # there COMMIT may have gone out
+                assert await site.notes() == (["note"] if committed else [])
+            await site.judge.execute("DELETE FROM note")
 
 
 @pytest.mark.parametrize("what", ["fails", "succeeds"])

@@ -5,12 +5,12 @@ import gc
 import logging
 import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import AsyncAdaptedQueuePool, delete, insert, inspect, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import URL, AsyncAdaptedQueuePool, delete, insert, inspect, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from fastapi_async_sqlalchemy import (
@@ -24,8 +24,8 @@ from fastapi_async_sqlalchemy import (
     UnitOfWork,
     create_middleware_and_session_proxy,
 )
-from tests.databases import JudgeFor
-from tests.integration.site import Site, checked_in, complaints
+from tests.databases import Judge, JudgeFor, fresh_database
+from tests.integration.site import Site, checked_in, checked_out, complaints
 from tests.integration.tables import ORPHAN, Note, Reply, engine_with_tables
 
 ENDED = r"has ended and serves one use only: open a new one with `async with db\(\):`"
@@ -226,6 +226,37 @@ async def test_swallowed_statement_error_cannot_commit(postgresql_worker: Site) 
     with pytest.raises(UnexpectedRollbackError, match=r"`async with db\.unit\.savepoint\(\):`") as raised:
         await swallow()
     assert "division by zero" in str(raised.value.__cause__)
+    assert await postgresql_worker.notes() == []
+
+
+@pytest.fixture
+def second_url(postgresql_server: URL, databases: ExitStack) -> str:
+    """Another empty database of PostgreSQL."""
+    return databases.enter_context(fresh_database(postgresql_server))
+
+
+@pytest.mark.parametrize("fails_on", ["own", "bound", "both"])
+async def test_swallowed_error_beside_a_bound_engine(
+    postgresql_worker: Site, second_url: str, fails_on: str
+) -> None:
+    """Whichever engine's transaction an error has aborted, none of the unit's is committed."""
+    engines: dict[str, dict[str, Any]] = {"own": {}, "bound": {"mapper": Reply}}
+
+    async def work(args: Any) -> None:
+        async with postgresql_worker.db(args, commit_on_exit=True) as unit:
+            unit.on_commit(lambda: pytest.fail("it is not committed"))
+            for name in ("own", "bound"):
+                statement = text("INSERT INTO note (text) VALUES ('lost')")
+                await unit.session.execute(statement, bind_arguments=engines[name])
+            for name in ("own", "bound") if fails_on == "both" else (fails_on,):
+                with pytest.raises(DBAPIError, match="division by zero"):
+                    await unit.session.execute(text("SELECT 1/0"), bind_arguments=engines[name])
+
+    async with engine_with_tables(second_url) as engine, Judge(second_url) as witness:
+        with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+            await work({"binds": {Reply: engine}})
+        assert checked_out(engine.pool) == 0
+        assert await witness.scalar("SELECT count(*) FROM note") == 0
     assert await postgresql_worker.notes() == []
 
 
