@@ -58,8 +58,8 @@ def with_test_databases(
 
 @pytest.fixture
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A module in which a page's blocks run in turn; the default pair is free again afterwards."""
-    module = ModuleType("documented")
+    """The program in which a page's blocks run in turn; the default pair is free again afterwards."""
+    module = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module
     db.unbind()

@@ -32,8 +32,8 @@ def silence(servers: tuple[Server, Server]) -> Iterator[Server]:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module in which the page's blocks run in turn."""
-    module = ModuleType("documented")
+    """The program in which the page's blocks run in turn."""
+    module = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
 
