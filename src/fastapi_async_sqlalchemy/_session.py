@@ -185,11 +185,18 @@ class OwnedTransaction(SessionTransaction):
 
     def commit(self, *args: Any, **kwargs: Any) -> None:
         """Commit, or release the savepoint."""
-        cast("ObservedSession", self.session).uow_commit(partial(super().commit, *args, **kwargs))
+        end = partial(super().commit, *args, **kwargs)
+        session = self._owner()
+        end() if session is None else session.uow_commit(end)
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
         """Roll back, to the savepoint if it is one."""
-        cast("ObservedSession", self.session).uow_rollback(partial(super().rollback, *args, **kwargs))
+        end = partial(super().rollback, *args, **kwargs)
+        session = self._owner()
+        end() if session is None else session.uow_rollback(end)
+
+    def _owner(self) -> ObservedSession | None:
+        return cast("ObservedSession | None", self.session)  # none once it is closed, which SQLAlchemy tells
 
 
 def _refuse_silent_rollback(session: ObservedSession) -> None:

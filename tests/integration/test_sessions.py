@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from fastapi import Response
 from sqlalchemy import event, select
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import object_session
 from starlette.background import BackgroundTask
@@ -216,3 +217,15 @@ async def test_objects_outlive_their_unit(worker: Site, kind: type[Note]) -> Non
         unit.session.add(note)
         note.text = "second"
     assert await worker.notes() == ["second"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_transaction_that_is_over(worker: Site, *, nested: bool) -> None:
+    """What `begin()` returns tells by an error of SQLAlchemy's own that it has been ended before."""
+    async with worker.db() as unit:
+        session = unit.session
+        transaction = await (session.begin_nested() if nested else session.begin())
+        await session.rollback()
+        for end in (transaction.commit, transaction.rollback):
+            with pytest.raises(ResourceClosedError, match="This transaction is closed"):
+                await end()
