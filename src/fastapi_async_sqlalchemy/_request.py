@@ -126,6 +126,8 @@ class RequestUnit(UnitOfWork[Any]):
         if held or self.policy.commit_when is not None:
             self.standing = decision
         self.heard = ()
+        if session is not None:
+            session.uow_resume()
         self.note(self.watched)
         await self.forward(message)
 

@@ -149,6 +149,11 @@ class ObservedSession(SessionState):
             Session.close(self)
         self.uow_released()
 
+    def uow_resume(self) -> None:
+        """Begin the next transaction, if others have changed objects while the last one was committed."""
+        if not self.in_transaction() and self.pending():
+            super().begin()
+
     def uow_follow(self) -> None:
         """Attach SQLAlchemy's events, for what its transactions do without calling this session."""
         if not self.uow_followed:
