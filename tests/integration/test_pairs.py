@@ -216,10 +216,6 @@ def id_of(kinds: tuple[str, ...]) -> str:
     return " in ".join(kinds)
 
 
-hidden_by_copy = pytest.mark.xfail(
-    strict=True,
-    reason="cannot be had: what an inner middleware notes in a copy of the scope is not seen outside of it",
-)
 lost_by_wait_for = pytest.mark.xfail(
     sys.version_info < (3, 12),
     strict=True,
@@ -488,7 +484,6 @@ class CopiesTheScope:
         await self.app({**scope}, receive, send)
 
 
-@hidden_by_copy
 @every_combination
 async def test_partial_commit_through_a_copied_scope(pair: Pair) -> None:
     """A middleware between the two that copies the scope does not hide the inner side's COMMIT."""

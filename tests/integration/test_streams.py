@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from fastapi import Response
+from fastapi import Depends, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import String, func, literal, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -107,6 +107,52 @@ async def test_result_that_was_dropped(make_site: MakeSite, database_url: str, s
 
     assert (await site.get()).text == "done"
     assert seen == [1]
+
+
+async def finish(session: AsyncSession, statement: Any, way: str) -> object:
+    """Open a result, read it to its end or close it, and return it."""
+    if way == "scalars":
+        scalars = await session.stream_scalars(statement)
+        assert await scalars.all() == TEXTS
+        return scalars
+    result = await session.stream(statement)
+    if way == "all":
+        assert len(await result.all()) == len(TEXTS)
+    elif way == "one by one":
+        assert [note async for (note,) in result] == TEXTS
+    else:
+        assert await result.fetchone() == (TEXTS[0],)
+        await result.close()
+    return result
+
+
+@left_incomplete
+@statements
+async def test_result_that_is_kept_when_it_has_ended(
+    make_site: MakeSite, database_url: str, statement: Any
+) -> None:
+    """One that was read to its end, or closed, keeps no transaction, though a dependency still has it."""
+    site = await make_site(database_url, commit_on_exit=True)
+    await fill(site)
+    kept: list[object] = []
+
+    async def read(way: str) -> AsyncIterator[None]:
+        kept.append(await finish(site.db.session, statement, way))
+        yield
+
+    async def look() -> AsyncIterator[str]:
+        new = await site.judge.scalar("SELECT count(*) FROM note WHERE text > '300'")
+        yield f"{new} stored, {site.checked_out()} checked out"
+
+    @site.app.get("/{way}", dependencies=[Depends(read)])
+    async def write(way: str) -> StreamingResponse:
+        site.db.session.add(Note(text=way))
+        return StreamingResponse(look())
+
+    async with site.client() as client:
+        for way in ("all", "one by one", "scalars", "closed"):
+            assert (await client.get(f"/{way}")).text == "1 stored, 0 checked out", way
+            await site.judge.execute("DELETE FROM note WHERE text > '300'")
 
 
 @statements
