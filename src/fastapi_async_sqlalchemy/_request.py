@@ -54,7 +54,7 @@ class RequestUnit(UnitOfWork[Any]):
     standing: bool | None = None
     """What the start of the response decided for the rest as well; None if that is decided anew."""
     sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
-    """How much of the response has gone out, or is about to; cut is one whose client left."""
+    """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
     heard: tuple[Message, ...] = ()
     """The request's body, as far as the application has asked for it."""
     committed: list[Database[Any]] | None = None
@@ -67,17 +67,17 @@ class RequestUnit(UnitOfWork[Any]):
 
     def send(self, message: Message) -> Awaitable[None]:
         """Settle the unit before the response starts, note the response's end, pass everything on."""
-        if self.failure is not None:
+        sent = self.sent
+        if sent == "nothing":
+            if message["type"] == "http.response.start":
+                self.sent = "start"
+                if self.opened is not None or self.policy.commit_when is not None:
+                    return self.start(message, sys.exception())
+        elif sent == "start":
+            if message["type"] in _LAST_OF_A_RESPONSE and not message.get("more_body"):
+                return self.end(message)
+        elif self.failure is not None:
             return _drop()
-        kind = message["type"]
-        if kind == "http.response.start":
-            if self.sent != "nothing":  # the server will refuse it
-                return self.forward(message)
-            self.sent = "start"
-            if self.opened is not None or self.policy.commit_when is not None:
-                return self.start(message, sys.exception())
-        elif self.sent == "start" and kind in _LAST_OF_A_RESPONSE and not message.get("more_body"):
-            return self.end(message)
         return self.forward(message)
 
     async def end(self, message: Message) -> None:
@@ -108,6 +108,8 @@ class RequestUnit(UnitOfWork[Any]):
         if exception is self.outer_exception:
             exception = None
         session = self.watched
+        if session is not None and not (self.hooks or session.in_transaction()):
+            session = None  # nothing is awaited for it
         if session is not None:
             session.uow_settling = True
         try:
@@ -115,6 +117,7 @@ class RequestUnit(UnitOfWork[Any]):
             held = await self.settle(commit=decision)
         except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
             self.failure = failure = self.told(error)
+            self.sent = "cut"
             await self.roll_back()
             raise failure  # noqa: B904  # it is the error itself, or has it as its cause
         except BaseException:  # cut short, and something inside may answer for it

@@ -151,10 +151,12 @@ class SQLAlchemyMiddleware(Generic[S_co]):
                     raise
                 await unit.answer()
             session = unit.watched
-            if not unit.finish_idle():
-                await unit.finish_tail()
-            elif session is not None:
+            if session is None:
+                unit.closed = True
+            elif unit.finish_idle():
                 unit.note(session)  # the application may have committed by hand
+            else:
+                await unit.finish_tail()
         except BaseException:
             await unit.abandon()
             raise
