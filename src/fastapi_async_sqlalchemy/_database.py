@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, cast
 
 from attrs import Factory, define
@@ -17,7 +18,9 @@ from ._transaction import PLAIN, engine_for, refuse_flush
 from .exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
+    from weakref import ref
 
     from ._pool import Limits
     from ._transaction import TransactionSettings
@@ -49,6 +52,13 @@ class Database(Generic[S_co]):
         takes_self=True,
     )
     """Those of units that ask for nothing else, without `commit_on_exit` and with it."""
+    asked: ContextVar[ref[asyncio.Task[Any]] | None] = Factory(
+        lambda: ContextVar["ref[asyncio.Task[Any]] | None"]("fastapi_async_sqlalchemy.asked", default=None)
+    )
+    """The task here that has asked for a unit of its own, as threads have it with its context.
+
+    One for all blocks: a context keeps its variables for good.
+    """
 
     def __repr__(self) -> str:
         return f"<Database {self.name}{'' if self.connected else ', no engine'}>"

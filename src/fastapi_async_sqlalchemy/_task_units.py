@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import current_task
-from typing import TYPE_CHECKING, Any, Generic, cast
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, Final, Generic, cast
+from weakref import WeakKeyDictionary, ref
 
 from attrs import Factory, define
 
 from ._database import S_co
 from ._ending import to_completion
 from ._unit import UnitOfWork
-from .exceptions import UnitClosedError
+from .exceptions import MissingSessionError, UnitClosedError
 
 if TYPE_CHECKING:
     from ._database import Database, Terms
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_IN_A_THREAD: Final = "for a thread or a callback of a multi_sessions block, which may be any task's"
+_HAND_OVER: Final = (
+    "take `session = db.session` in the task and hand that over, or open `async with db():` around the call"
+)
+_SEVERAL: Final = "several units of work could not be committed"
 
 
 @define(eq=False, repr=False)
@@ -57,14 +63,29 @@ class TaskUnits(Generic[S_co]):
         if self.closed:
             raise UnitClosedError(self.database.name)
         try:
-            task = current_task() or self.owner
+            task = current_task()
         except RuntimeError:  # a thread
-            task = self.owner
+            task = None
+        if task is None:
+            return self._asked()
         unit = self.units.get(task)
         if unit is None:
             self.units[task] = unit = UnitOfWork(self.terms, self.outer)
+            self.database.asked.set(ref(task))
             if task is not self.owner:
                 task.add_done_callback(self._end)
+        return unit
+
+    def _asked(self) -> UnitOfWork[S_co]:
+        """Return the unit of the nearest task that has asked for one, by the context that a thread inherits.
+
+        The owner does not count: every task of the block has its context from his, and is not told apart.
+        """
+        asked = self.database.asked.get()
+        task = None if asked is None else asked()
+        unit = None if task is None or task is self.owner else self.units.get(task)
+        if unit is None:
+            raise MissingSessionError(self.database.name, _IN_A_THREAD, _HAND_OVER)
         return unit
 
     def _end(self, task: asyncio.Task[Any]) -> None:
@@ -87,7 +108,9 @@ class TaskUnits(Generic[S_co]):
 
     async def _settle(self, unit: UnitOfWork[S_co], *, failed: bool) -> None:
         # its hooks find it as theirs; an eager task is done before anybody else could say so
-        self.units[cast("asyncio.Task[Any]", current_task())] = unit
+        task = cast("asyncio.Task[Any]", current_task())
+        self.units[task] = unit
+        self.database.asked.set(ref(task))
         try:
             await unit.finish(commit=False if failed else self.terms.commit_on_exit or None)
         except Exception as error:
@@ -127,6 +150,3 @@ class TaskUnits(Generic[S_co]):
         if self.ending:
             await asyncio.wait(self.ending)
         self.units.clear()
-
-
-_SEVERAL = "several units of work could not be committed"

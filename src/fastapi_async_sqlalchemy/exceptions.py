@@ -90,7 +90,8 @@ class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
     """No unit of work is current here.
 
     Raised by ``db.session`` and ``db.unit`` outside a request and outside ``async with db():``,
-    and in a place where the middleware binds none on purpose: a WebSocket, an excluded path.
+    and in a place where the middleware binds none on purpose: a WebSocket, an excluded path. Likewise in a
+    thread of a ``multi_sessions`` block whose task has not asked for a unit itself.
     """
 
     def __init__(self, database: str, place: str, remedy: str) -> None:

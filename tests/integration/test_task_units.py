@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import event, select, text
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    MissingSessionError,
     PoolTimeoutError,
     SessionNotInitialisedError,
     SessionProxy,
@@ -490,6 +492,85 @@ async def test_hook_that_writes(sqlite_worker: Site) -> None:
         await asyncio.create_task(work())
     assert sqlite_worker.checked_out() == 0
     assert await sqlite_worker.notes() == ["hook", "task"]
+
+
+async def call_back(function: Callable[[], object]) -> None:
+    """Have the event loop call a function outside of any task, in this one's context."""
+    called = asyncio.get_running_loop().create_future()
+
+    def call() -> None:
+        try:
+            called.set_result(function())
+        except MissingSessionError as error:
+            called.set_exception(error)
+
+    asyncio.get_running_loop().call_soon(call)
+    await called
+
+
+Elsewhere = Callable[[Callable[[], object]], Awaitable[object]]
+elsewhere = pytest.mark.parametrize("elsewhere", [asyncio.to_thread, anyio.to_thread.run_sync, call_back])
+UNKNOWN_TASK = (
+    r"has no unit of work for a thread or a callback of a multi_sessions block, which may be any task's: "
+    r"take `session = db\.session` in the task and hand that over, or open `async with db\(\):` around "
+)
+
+
+@elsewhere
+async def test_thread_of_a_task(sqlite_worker: Site, elsewhere: Elsewhere) -> None:
+    """What a task has done elsewhere is done in its own unit, and shares that one's outcome."""
+    db, barrier = sqlite_worker.db, asyncio.Barrier(2)
+
+    async def work(note: str) -> None:
+        unit = db.unit
+        await barrier.wait()
+        await elsewhere(lambda: db.session.add(Note(text=note)))
+        assert [one.text for one in unit.session.new if isinstance(one, Note)] == [note]
+        if note == "bad":
+            raise BoomError
+
+    async with db(multi_sessions=True, commit_on_exit=True) as own:
+        tasks = [asyncio.create_task(work(note)) for note in ("good", "bad")]
+        await asyncio.wait(tasks)
+        assert not own.session.new
+    assert await sqlite_worker.notes() == ["good"]
+
+
+@elsewhere
+async def test_thread_of_a_task_s_hook(sqlite_worker: Site, elsewhere: Elsewhere) -> None:
+    """What a hook does elsewhere is done in its task's unit, although that task has ended."""
+    db, found = sqlite_worker.db, list[bool]()
+
+    async def work() -> None:
+        unit = db.unit
+        unit.on_commit(lambda: elsewhere(lambda: found.append(db.unit is unit)))
+        await read(db)
+
+    async with db(multi_sessions=True, commit_on_exit=True):
+        await asyncio.create_task(work())
+    assert found == [True]
+
+
+@elsewhere
+async def test_thread_whose_task_is_not_known(sqlite_worker: Site, elsewhere: Elsewhere) -> None:
+    """A task that has not asked for a session must hand one over; it never has the block's by accident."""
+    db, refused = sqlite_worker.db, pytest.raises(MissingSessionError, match=UNKNOWN_TASK)
+
+    def add(note: str, session: AsyncSession | None = None) -> None:
+        (session or db.session).add(Note(text=note))
+
+    async def work(note: str) -> None:
+        with refused:
+            await elsewhere(lambda: add("nobody's"))
+        async with db(commit_on_exit=True):
+            await elsewhere(lambda: add(f"{note} in a block"))
+        session = db.session
+        await elsewhere(lambda: add(note, session))
+
+    async with db(multi_sessions=True, commit_on_exit=True):
+        await asyncio.create_task(work("task"))
+        await work("block")
+    assert await sqlite_worker.notes() == ["block", "block in a block", "task", "task in a block"]
 
 
 @pytest.mark.parametrize("propagation", ["required", "nested", "mandatory"])
