@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from anyio import CancelScope
 from attrs import Factory, define
 from sqlalchemy.engine import Connection
 from sqlalchemy.util import await_only
@@ -130,7 +131,9 @@ class Hooks:
         """
         self.decide(committed=committed)
         hooks, self.due = self.due, []
-        cancelled: asyncio.CancelledError | None = None
+        await self._run(iter(hooks))
+
+    async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
         for hook in hooks:
             try:
                 result = hook.run()
@@ -138,14 +141,14 @@ class Hooks:
                     await result
             except Exception:
                 logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
-            except asyncio.CancelledError as error:
+            except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    cancelled = error
-                else:
+                if task is None or not task.cancelling():
                     logger.exception("A hook of %s awaited what was cancelled: %r", self.database, hook.run)
-        if cancelled is not None:
-            raise cancelled
+                    continue
+                with CancelScope(shield=True):  # AnyIO's own scopes would cancel again at every await
+                    await self._run(hooks)
+                raise
 
     def drop(self) -> None:
         """Forget the hooks whose outcome is unknown."""

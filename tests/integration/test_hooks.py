@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 import pytest
+from anyio import CancelScope
 from fastapi import HTTPException
 from httpx2 import AsyncClient
 from sqlalchemy import func, select, text
@@ -310,6 +311,33 @@ async def test_cancelled_in_a_hook(
     assert worker.checked_out() == 0
     assert await worker.notes() == ["a"]
     assert complaints(caplog) == []
+
+
+@pytest.mark.parametrize("act", [leave, commit_unit, commit_session])
+async def test_scope_cancelled_in_a_hook(worker: Site, act: Act, log: Log) -> None:
+    """AnyIO's scopes cancel at every await; the other hooks run to their ends, with the session."""
+    scope = CancelScope()
+
+    async def slow() -> None:
+        scope.cancel()
+        await asyncio.Event().wait()
+
+    async def read() -> None:
+        await asyncio.sleep(0)
+        log.append(str(await worker.db.session.scalar(select(func.count(Note.id)))))
+        await worker.db.session.rollback()
+
+    with scope:
+        async with worker.db(commit_on_exit=True) as unit:
+            unit.on_commit(slow)
+            unit.on_commit(read)
+            unit.on_commit(lambda: asyncio.to_thread(log.append, "in a thread"))
+            unit.on_commit(log.hook("committed"))
+            await act(unit)
+    assert scope.cancelled_caught
+    assert log == ["1", "in a thread", "committed"]
+    assert worker.checked_out() == 0
+    assert await worker.notes() == ["a"]
 
 
 @pytest.mark.parametrize("register", ["on_commit", "on_rollback"])
