@@ -79,6 +79,8 @@ class Checkout:
     database: str
     limits: Limits
     placed: bool = False
+    deadline: asyncio.Timeout | None = None
+    """Of a connection that is waited for now."""
 
     def before_statement(self, session: Session, outer_holds: Callable[[], bool] | None) -> None:
         """Check a connection out if the transaction has none; called inside SQLAlchemy's greenlet."""
@@ -99,11 +101,20 @@ class Checkout:
             raise PoolTimeoutError(self.database, timeout, status, remedy) from error
 
     async def _check_out(self, session: Session, deadline: asyncio.Timeout) -> None:
-        async with deadline:
-            if self.limits.places is not None and not self.placed:
-                await self.limits.places.acquire()
-                self.placed = True
-            await greenlet_spawn(Session.connection, session)
+        self.deadline = deadline
+        try:
+            async with deadline:
+                if self.limits.places is not None and not self.placed:
+                    await self.limits.places.acquire()
+                    self.placed = True
+                await greenlet_spawn(Session.connection, session)
+        finally:
+            self.deadline = None
+
+    def connected(self) -> None:
+        """End the deadline: what is sent before the first statement takes as long as it takes."""
+        if self.deadline is not None and not self.deadline.expired():
+            self.deadline.reschedule(None)
 
     def after_operation(self, session: Session) -> None:
         """Give the place back once no transaction is open."""

@@ -231,6 +231,8 @@ def _goes_on(session: ObservedSession) -> bool:
 
 def _after_begin(session: ObservedSession, transaction: SessionTransaction, connection: Connection) -> None:
     session.uow_shared.connections[connection] = ref(session)
+    if session.uow_checkout is not None:
+        session.uow_checkout.connected()
     if transaction.parent is None and session.uow_hooks is not None:
         session.uow_hooks.begun(connection)
 

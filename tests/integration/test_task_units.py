@@ -911,6 +911,17 @@ async def test_deadline_is_for_the_connection_alone(narrow: Site) -> None:
         assert await unit.session.scalar(text("SELECT 1 FROM pg_sleep(0.4)")) == 1
 
 
+async def test_deadline_is_not_for_what_begins_the_transaction(narrow: Site) -> None:
+    """An `on_begin` hook may run longer than the deadline: its connection has come in time."""
+    async with narrow.db(pool_timeout=TIMEOUT, commit_on_exit=True) as unit:
+        unit.on_begin(lambda connection: connection.execute(text("SELECT 1 FROM pg_sleep(0.4)")))
+        await write(narrow.db, "first")
+        await unit.commit()
+        await unit.session.connection()
+        await write(narrow.db, "second")
+    assert await narrow.notes() == ["first", "second"]
+
+
 async def test_deadline_longer_than_the_pool_s(postgresql_url: str, judge_for: JudgeFor) -> None:
     """A unit that asks for more time than the pool's own has the pool's."""
     async with open_narrow(postgresql_url, judge_for, pool_timeout=TIMEOUT) as narrow, held(narrow):
