@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ from .exceptions import ConfigurationError, PoolTimeoutError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.pool import Pool
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -84,13 +85,22 @@ class Checkout:
 
     def before_statement(self, session: Session, outer_holds: Callable[[], bool] | None) -> None:
         """Check a connection out if the transaction has none; called inside SQLAlchemy's greenlet."""
-        pool = session.get_bind().engine.pool
+        self.connect(session.get_bind(), partial(Session.connection, session), outer_holds)
+
+    def connect(
+        self,
+        bind: Engine | Connection,
+        connection: Callable[[], Connection],
+        outer_holds: Callable[[], bool] | None,
+    ) -> Connection:
+        """Call what comes to a connection of an engine, in time; called inside SQLAlchemy's greenlet."""
+        pool = bind.engine.pool
         timeout = self.limits.timeout
         if timeout is None and isinstance(pool, QueuePool):
             timeout = pool.timeout()
         deadline = asyncio.timeout(timeout)
         try:
-            await_only(self._check_out(session, deadline))
+            return await_only(self._check_out(connection, deadline))
         except TimeoutError as error:
             if timeout is None or not deadline.expired():
                 raise  # a driver's own
@@ -100,14 +110,14 @@ class Checkout:
                 remedy = _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
             raise PoolTimeoutError(self.database, timeout, status, remedy) from error
 
-    async def _check_out(self, session: Session, deadline: asyncio.Timeout) -> None:
+    async def _check_out(self, connection: Callable[[], Connection], deadline: asyncio.Timeout) -> Connection:
         self.deadline = deadline
         try:
             async with deadline:
                 if self.limits.places is not None and not self.placed:
                     await self.limits.places.acquire()
                     self.placed = True
-                await greenlet_spawn(Session.connection, session)
+                return await greenlet_spawn(connection)
         finally:
             self.deadline = None
 

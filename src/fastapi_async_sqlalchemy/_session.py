@@ -100,9 +100,16 @@ class ObservedSession(SessionState):
         super().reset()
         self.uow_forget()
 
-    def connection(self, *args: Any, **kwargs: Any) -> Connection:
+    def connection(
+        self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
+    ) -> Connection:
         """Return the connection, and remember that it may be used without calling this session."""
-        connection = super().connection(*args, **kwargs)
+        connect = partial(super().connection, bind_arguments, execution_options)
+        if self.uow_checkout is None:
+            connection = connect()
+        else:
+            bind = self.get_bind(**(bind_arguments or {}))
+            connection = self.uow_checkout.connect(bind, connect, self.uow_outer_holds)
         self.uow_shared.connections[connection] = ref(self)
         self.uow_lent = True
         return connection

@@ -29,7 +29,7 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 ENDINGS: Final = frozenset({"commit", "rollback", "close", "reset", "release"})
 """The operations that decide a transaction, and so are not cut short."""
-_WITHOUT_STATEMENT: Final = ENDINGS | {"begin"}
+_WITHOUT_STATEMENT: Final = ENDINGS | {"begin", "connection"}
 
 
 @define(eq=False, repr=False)

@@ -31,7 +31,7 @@ from fastapi_async_sqlalchemy import (
 )
 from tests.databases import JudgeFor
 from tests.integration.interruption import Exchange
-from tests.integration.site import Site
+from tests.integration.site import Site, checked_out
 from tests.integration.tables import Note, engine_with_tables
 from tests.versions import survives_cancellation
 
@@ -327,6 +327,21 @@ async def test_engine_of_binds(postgresql_url: str, sqlite_url: str, judge_for: 
             with pytest.raises(PoolTimeoutError, match=r"within 0\.2 seconds \(1 of 1 ") as raised:
                 await unit.session.scalar(select(Note.text))
         assert (raised.value.timeout, raised.value.retry_after) == (TIMEOUT, 1)
+        assert raised.value.pool_status["capacity"] == 1
+
+
+async def test_connection_of_binds(postgresql_url: str, sqlite_url: str, judge_for: JudgeFor) -> None:
+    """The unit's deadline is for the engine whose connection is asked for, and takes none of another's."""
+    async with (
+        open_tight(sqlite_url, judge_for, engine_args={"pool_timeout": 30}) as tight,
+        engine_with_tables(postgresql_url) as roomy,
+    ):
+        _, db = create_middleware_and_session_proxy(AsyncSession)
+        db.bind(roomy, session_args={"binds": {Note: tight.engine}})
+        async with held(tight), db(pool_timeout=TIMEOUT) as unit:
+            with pytest.raises(PoolTimeoutError, match=r"within 0\.2 seconds \(1 of 1 ") as raised:
+                await unit.session.connection(bind_arguments={"mapper": Note})
+            assert checked_out(roomy.pool) == 0
         assert raised.value.pool_status["capacity"] == 1
 
 

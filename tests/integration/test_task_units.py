@@ -922,6 +922,20 @@ async def test_deadline_is_not_for_what_begins_the_transaction(narrow: Site) -> 
     assert await narrow.notes() == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"pool_timeout": DEADLINE}, {"multi_sessions": True, "max_concurrent": 1}],
+    ids=["deadline", "places"],
+)
+async def test_connection_with_options(narrow: Site, options: dict[str, Any]) -> None:
+    """`session.connection()` has the options that it is given, also where it is waited for."""
+    async with narrow.db(**options) as unit:
+        await unit.session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        assert await unit.session.scalar(text("SHOW transaction_isolation")) == "serializable"
+        await unit.commit()
+        assert await unit.session.scalar(text("SHOW transaction_isolation")) == "read committed"
+
+
 async def test_deadline_longer_than_the_pool_s(postgresql_url: str, judge_for: JudgeFor) -> None:
     """A unit that asks for more time than the pool's own has the pool's."""
     async with open_narrow(postgresql_url, judge_for, pool_timeout=TIMEOUT) as narrow, held(narrow):
