@@ -16,6 +16,8 @@ from ._unit import UnitOfWork
 from .exceptions import MissingSessionError, UnitClosedError
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from ._database import Database, Terms
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -118,14 +120,20 @@ class TaskUnits(Generic[S_co]):
             self.errors.append(error)
 
     async def close(self, *, failed: bool) -> None:
-        """Wait for the tasks that have a unit and settle the owner's, or give all units up."""
-        own = self.units.get(self.owner)
+        """Wait for the tasks that have a unit and settle the block's own, or give all units up.
+
+        The task that leaves the block may be another than its owner, as in the fixtures of a test. It has the
+        owner's unit unless it has asked for one itself, which then shares the block's outcome as well.
+        """
+        leaving = cast("asyncio.Task[Any]", current_task())
+        own = self.units[self.owner]
+        inside = {self.owner: own, leaving: self.units.setdefault(leaving, own)}
         try:
             if not failed:
-                await self._wait()
-                if own is not None:
-                    await own.finish(commit=self.terms.commit_on_exit or None)
-                await self._wait()  # for who has come meanwhile
+                await self._wait(inside)
+                for unit in inside.values():
+                    await unit.finish(commit=self.terms.commit_on_exit or None)
+                await self._wait(inside)  # for who has come meanwhile
         except BaseException:
             failed = True
             raise
@@ -136,9 +144,9 @@ class TaskUnits(Generic[S_co]):
         if not failed and self.errors:
             raise self.errors[0] if len(self.errors) == 1 else ExceptionGroup(_SEVERAL, self.errors)
 
-    async def _wait(self) -> None:
-        """Wait until no task but the owner has a unit."""
-        while others := set(self.units) - {self.owner} | self.ending:
+    async def _wait(self, inside: Container[asyncio.Task[Any]]) -> None:
+        """Wait until no other task has a unit."""
+        while others := {task for task in self.units if task not in inside} | self.ending:
             await asyncio.wait(others)
             for task in others - self.ending:
                 self._end(task)

@@ -1,6 +1,7 @@
 """`db(multi_sessions=True)`, `db(pool_timeout=)`, `db.connection()`: units for tasks, and deadlines."""
 
 import asyncio
+import contextvars
 import gc
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -403,6 +404,34 @@ async def test_task_that_asks_while_the_block_commits(worker: Site) -> None:
             done.set()
             await running
             assert await worker.notes() == ["block", "late"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("asks", [False, True])
+async def test_left_in_another_task(sqlite_worker: Site, *, asks: bool, fails: bool) -> None:
+    """A block that is left in another task than it was entered in does not wait for that one."""
+    db, context, found = sqlite_worker.db, contextvars.copy_context(), list[bool]()
+    scope = db(multi_sessions=True, commit_on_exit=True)
+
+    async def enter() -> None:
+        unit = await scope.__aenter__()
+        unit.on_commit(lambda: found.append(db.unit is unit))
+        unit.session.add(Note(text="entering"))
+
+    async def leave() -> None:
+        if asks:
+            db.session.add(Note(text="leaving"))
+        await scope.__aexit__(*((BoomError, BoomError(), None) if fails else (None, None, None)))
+        with pytest.raises(MissingSessionError, match="has no unit of work here"):
+            _ = db.session
+
+    async with asyncio.timeout(DEADLINE):
+        for step in (enter(), write(db, "between"), leave()):
+            await asyncio.get_running_loop().create_task(step, context=context)
+    expected = ["between"] if fails else ["between", "entering", "leaving"]
+    assert await sqlite_worker.notes() == [note for note in expected if asks or note != "leaving"]
+    assert found == ([] if fails else [not asks])
+    assert sqlite_worker.checked_out() == 0
 
 
 async def test_entered_twice(sqlite_worker: Site) -> None:
