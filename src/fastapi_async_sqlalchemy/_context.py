@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+    from starlette.types import Scope
 
     from ._options import Propagation
 
@@ -51,6 +52,17 @@ def open_unit(current: ContextVar[Current[S_co]]) -> UnitOfWork[S_co] | None:
     """Return the open unit that is current here, if any."""
     found = current.get()
     return None if isinstance(found, NoUnit) or found.closed else found.here()
+
+
+def request_unit(current: ContextVar[Current[S_co]], scope: Scope) -> UnitOfWork[S_co] | None:
+    """Return the unit of a request, if any, by whatever blocks it is that stand inside of it."""
+    found = current.get()
+    while not isinstance(found, NoUnit):  # one that was open before is not the request's
+        if isinstance(found, UnitOfWork) and found.belongs_to(scope):
+            return found
+        outer: Current[S_co] = found.outer
+        found = outer
+    return None
 
 
 def current_unit(database: Database[S_co]) -> ContextVar[Current[S_co]]:

@@ -9,14 +9,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads dependency()'s annotations
 
 from ._concurrency import Closing, Connection, UnitTaskGroup, children_of, close, coroutines_of, gather
-from ._context import PropagatingScope, TaskUnitsScope, UnitScope, current_unit, open_unit
+from ._context import PropagatingScope, TaskUnitsScope, UnitScope, current_unit, open_unit, request_unit
 from ._database import Database, S_co, Terms
 from ._options import async_engine, boolean, count, create_engine, optional_count, propagation_of
 from ._pool import limits_of, pool_status
 from ._replica import ReplicaScope, replay, require_postgresql, written_position
 from ._transaction import transaction_settings
 from ._transactional import F, transactional
-from ._unit import UnitOfWork
 from .exceptions import ConfigurationError, TransactionBegunError
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from ._pool_status import PoolStatus
     from ._replica import WalPosition
     from ._transaction import TransactionSettings
+    from ._unit import UnitOfWork
 
 
 @define(eq=False, repr=False)
@@ -330,12 +330,9 @@ class SessionProxy(Handle[S_co]):
         returns, before the response is sent, and rolled back when it raises. Raises
         ``MissingSessionError`` in a WebSocket, and on a FastAPI that has no dependencies of that scope.
         """
-        unit = self.current_unit()
-        while isinstance(unit, UnitOfWork):  # one that was open before is not the request's
-            if unit.belongs_to(connection.scope):
-                return unit.session
-            outer: Current[S_co] = unit.outer
-            unit = outer
+        unit = request_unit(self.current, connection.scope)
+        if unit is not None:
+            return unit.session
         stack: AsyncExitStack | None = connection.scope.get("fastapi_function_astack")
         if stack is None or connection.scope["type"] != "http":
             return self.session

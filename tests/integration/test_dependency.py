@@ -195,6 +195,24 @@ async def test_middleware_decides_behind_a_copied_scope(make_site: MakeSite, pos
     assert await site.notes() == []
 
 
+@pytest.mark.parametrize("options", [{}, {"multi_sessions": True}], ids=["unit", "units"])
+async def test_inside_a_block(make_site: MakeSite, sqlite_url: str, options: dict[str, Any]) -> None:
+    """Inside a block of another dependency, too, the session is that of the unit of the middleware."""
+    site = await make_site(sqlite_url)
+
+    async def block() -> AsyncGenerator[None]:
+        async with site.db(**options):
+            yield
+
+    @site.app.get("/", dependencies=[Depends(block)])
+    async def route(session: Annotated[AsyncSession, Depends(site.db.dependency)]) -> bool:
+        session.add(Note(text="lost"))
+        return session is site.db.session
+
+    assert (await site.get()).json() is False
+    assert await site.notes() == []
+
+
 async def test_dependency_is_called_by_hand(make_site: MakeSite, postgresql_url: str) -> None:
     """A plain route may call the dependency itself, with its request."""
     site = await make_site(postgresql_url)
