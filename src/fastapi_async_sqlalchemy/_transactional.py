@@ -85,10 +85,16 @@ def transactional(
     async def repeatedly(*args: Any, **kwargs: Any) -> Any:
         if not alone():
             raise PropagationError(
-                function.__qualname__,
+                _name(function),
                 "retries cannot do a part of an open unit of work again",
                 "call it outside, retry the outer function, or use propagation='requires_new'",
             )
         return await retrying(*args, **kwargs)
 
     return cast("F", repeatedly)
+
+
+def _name(function: object) -> str:
+    """Name a function in a message; a part of one by what it is a part of, without its arguments."""
+    called: object = function.func if isinstance(function, functools.partial) else function
+    return getattr(called, "__qualname__", type(called).__name__)

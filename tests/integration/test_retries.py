@@ -1,6 +1,7 @@
 """`@db.transactional(retries=N)`: a unit that lost to another one is done again, COMMIT included."""
 
 import asyncio
+import functools
 import inspect
 import re
 import subprocess
@@ -914,6 +915,20 @@ async def test_refused_inside_a_unit(bank: Site) -> None:
             await charge_card()
     assert not called
     assert await bank.notes() == ["kept"]
+
+
+async def test_partial_is_refused_by_its_function_s_name(sqlite_worker: Site) -> None:
+    """A `functools.partial` has no name: it is refused by that of its function, and without its arguments."""
+
+    async def pay(account: str) -> str:
+        return account
+
+    db = sqlite_worker.db
+    work = db.transactional(retries=1)(functools.partial(pay, "alice"))
+    assert await work() == "alice"
+    async with db():
+        with pytest.raises(PropagationError, match=r"<locals>\.pay: retries cannot do a part of an open"):
+            await work()
 
 
 async def test_refused_inside_a_request(sqlite_url: str, make_site: MakeSite) -> None:
