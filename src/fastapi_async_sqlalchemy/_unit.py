@@ -18,6 +18,8 @@ from .exceptions import TransactionBegunError
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from sqlalchemy.orm import Session
+
     from ._hooks import BeginHook, Hook
 
 
@@ -105,13 +107,14 @@ class UnitOfWork(Lifecycle[S_co]):
 
         ``hook`` is a plain function; it gets SQLAlchemy's synchronous ``Connection``, whose ``execute()``
         it calls without awaiting. An error in it stops the statement, and the connection is discarded.
-        Raises ``TransactionBegunError`` in the middle of a transaction.
+        Raises ``TransactionBegunError`` in the middle of a transaction; objects that were only added, and not
+        flushed, have not begun one.
         """
         _require_function(hook)
         if inspect.iscoroutinefunction(hook):
             message = f"an on_begin hook must be a plain function of a Connection, not {shown(hook)}."
             raise TypeError(message)
-        if self.session.in_transaction():
+        if _begun(self.session.sync_session):
             remedy = (
                 "call on_begin() before the unit's first statement, or after `await db.unit.commit()` or "
                 "`await db.unit.rollback()`"
@@ -166,3 +169,12 @@ def _require_function(hook: object) -> None:
     if not callable(hook):
         message = f"a hook must be a function, not {shown(hook)}."
         raise TypeError(message)
+
+
+def _begun(session: Session) -> bool:
+    """Whether the transaction at hand has begun on a connection, or has a savepoint, which may be undone."""
+    transaction = session.get_transaction()
+    if transaction is None:
+        return False
+    begun = transaction._connections  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # `connections` is 2.1.7's
+    return bool(begun) or session.in_nested_transaction()

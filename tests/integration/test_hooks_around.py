@@ -929,12 +929,12 @@ async def after_a_savepoint(unit: Unit) -> None:
         await unit.session.scalar(select(1))
 
 
-async def after_begin(unit: Unit) -> None:
-    """Have begun by hand."""
-    await unit.session.begin()
+async def in_a_savepoint(unit: Unit) -> None:
+    """Have begun a savepoint, which has sent nothing."""
+    await unit.session.begin_nested()
 
 
-@pytest.mark.parametrize("act", [after_a_statement, after_a_savepoint, after_begin])
+@pytest.mark.parametrize("act", [after_a_statement, after_a_savepoint, in_a_savepoint])
 async def test_on_begin_in_the_middle_is_refused(worker: Site, act: Act, log: Log) -> None:
     """In the middle of a transaction the hook comes too late; after its end it does not."""
     async with worker.db() as unit:
@@ -945,6 +945,31 @@ async def test_on_begin_in_the_middle_is_refused(worker: Site, act: Act, log: Lo
         unit.on_begin(log.begin)
         await unit.session.scalar(select(1))
     assert log == ["begin"]
+
+
+async def after_adding(unit: Unit) -> None:
+    """Have added what is not flushed yet."""
+    unit.session.add(Note(text="added"))
+
+
+async def after_begin(unit: Unit) -> None:
+    """Have begun by hand."""
+    await unit.session.begin()
+    unit.session.add(Note(text="added"))
+
+
+@pytest.mark.parametrize("act", [after_adding, after_begin])
+async def test_on_begin_before_the_first_statement(worker: Site, act: Act, log: Log) -> None:
+    """Where nothing has been sent yet the hook is in time: it runs before what sends the objects."""
+    sent: list[str] = []
+    event.listen(worker.engine.sync_engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
+    async with worker.db() as unit:
+        await act(unit)
+        unit.on_begin(lambda connection: connection.execute(text("SELECT 'begins'")))
+        await unit.commit()
+    assert sent[0] == "SELECT 'begins'"
+    assert sent[1].startswith("INSERT INTO note")
+    assert await worker.notes() == ["added"]
 
 
 async def test_on_begin_refuses_coroutine_functions(sqlite_url: str, judge_for: JudgeFor) -> None:
