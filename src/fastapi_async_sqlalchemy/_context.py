@@ -54,6 +54,20 @@ def open_unit(current: ContextVar[Current[S_co]]) -> UnitOfWork[S_co] | None:
     return None if isinstance(found, NoUnit) or found.closed else found.here()
 
 
+def leave(current: ContextVar[Current[S_co]], ended: Current[S_co], outer: Current[S_co]) -> None:
+    """Let what is around a block be current again, if the block was, or what has ended inside of it.
+
+    A generator may be closed in another context than it was entered in, as one that a loop has left early is:
+    where it was entered its unit stays current, and where it is closed nothing of it may be.
+    """
+    found = current.get()
+    while found is not ended and not isinstance(found, NoUnit) and found.closed:
+        inside: Current[S_co] = found.outer
+        found = inside
+    if found is ended:
+        current.set(outer)
+
+
 def request_unit(current: ContextVar[Current[S_co]], scope: Scope) -> UnitOfWork[S_co] | None:
     """Return the unit of a request, if any, by whatever blocks it is that stand inside of it."""
     found = current.get()
@@ -116,9 +130,7 @@ class UnitScope(Generic[S_co]):
             while isinstance(outer, UnitOfWork) and outer.closed and outer.request is None:
                 outer = outer.outer
             unit.outer = outer
-            # a generator may be closed in another context than it was entered in, where nothing is bound
-            if self.current.get() is unit:
-                self.current.set(outer)
+            leave(self.current, unit, outer)
 
 
 @define(eq=False, repr=False)
@@ -216,5 +228,4 @@ class TaskUnitsScope(Generic[S_co]):
         try:
             await self.units.close(failed=error is not None)
         finally:
-            if self.new.current.get() is self.units:
-                self.new.current.set(self.outer)
+            leave(self.new.current, self.units, self.outer)

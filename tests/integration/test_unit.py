@@ -604,6 +604,26 @@ async def test_generators_left_by_a_long_lived_task(sqlite_worker: Site) -> None
     assert units() <= before + 1
 
 
+@pytest.mark.parametrize("options", [{}, {"multi_sessions": True}], ids=["unit", "units"])
+async def test_generator_left_by_a_loop(sqlite_worker: Site, options: dict[str, Any]) -> None:
+    """At the end of a block what is around it is current, whatever a generator has left inside."""
+    db = sqlite_worker.db
+
+    async def leave_one() -> None:
+        generator = notes_in_a_unit(db)
+        async for _ in generator:
+            break
+        await asyncio.create_task(generator.aclose())  # as the event loop does when nobody has it any more
+
+    async with db() as outer:
+        async with db(**options):
+            await leave_one()
+        assert db.unit is outer
+        await leave_one()
+    with pytest.raises(MissingSessionError, match="has no unit of work here"):
+        _ = db.unit
+
+
 async def test_cancelled_in_the_block(worker: Site) -> None:
     """A task that is cancelled inside the block rolls back, gives the connection back, and ends cancelled."""
     inside = asyncio.Event()
