@@ -15,6 +15,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
 from ._lifecycle import Lifecycle
+from ._task_units import TaskUnits
 from ._unit import UnitOfWork
 from .exceptions import PartialCommitError
 
@@ -147,7 +148,7 @@ class RequestUnit(UnitOfWork[Any]):
         """
         for bound in copy_context().values():
             unit = bound
-            while isinstance(unit, Lifecycle):
+            while isinstance(unit, Lifecycle | TaskUnits):
                 if isinstance(unit, RequestUnit) and unit is not self and unit.belongs_to(self.scope):
                     yield unit
                 unit = unit.outer
