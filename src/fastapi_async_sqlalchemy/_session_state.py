@@ -113,6 +113,8 @@ class SessionState(Session):
 
     def pending(self) -> int:
         """Count the objects that the next flush would write."""
+        if self._is_clean():  # the public sets take thirty times as long to make
+            return 0
         return len(self.new) + sum(map(self.is_modified, self.dirty)) + len(self.deleted)
 
     def has_written(self) -> bool:
