@@ -187,7 +187,7 @@ class SessionState(Session):
         # an error that is not the database's own says nothing of what became of a COMMIT
         cut = context.is_disconnect or context.sqlalchemy_exception is None
         # the driver refuses it while another task is at the connection, and so it would the ROLLBACK
-        unsent = isinstance(context.sqlalchemy_exception, InterfaceError)
+        unsent = not cut and isinstance(context.sqlalchemy_exception, InterfaceError)
         if statement is None and (not committing or unsent):  # its transaction may still be open
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
