@@ -1,14 +1,16 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
-from ._arguments import EngineArgs, SessionArgs
-from ._atomic import atomic
-from ._concurrency import UnitTaskGroup
-from ._hooks import BeginHook, Hook
-from ._options import CommitWhen, IsolationLevel, Propagation, pgbouncer_engine_args
+from ._arguments.checks import IsolationLevel, Propagation
+from ._arguments.engines import pgbouncer_engine_args
+from ._arguments.keywords import EngineArgs, SessionArgs
+from ._cluster.atomic import atomic
+from ._cluster.replica import WalPosition
 from ._pool_status import PoolStatus
 from ._proxy import SessionProxy
-from ._replica import WalPosition
-from ._unit import UnitOfWork
+from ._session.hooks import BeginHook, Hook
+from ._tasks.fan_out import UnitTaskGroup
+from ._unit.unit import UnitOfWork
+from ._web.policy import CommitWhen
 from .exceptions import (
     ConcurrentUseError,
     ConfigurationError,

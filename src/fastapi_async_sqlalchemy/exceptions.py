@@ -105,10 +105,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     what it goes on to write.
     """
 
-    def __init__(self, database: str, opening: str = "`async with db():`") -> None:
+    def __init__(self, database: str, opening: str | None = None) -> None:
         super().__init__(
             f"This unit of work of {database} has ended and serves one use only: "
-            f"open a new one with {opening} in the task that goes on working."
+            f"open a new one with {opening or '`async with db():`'} in the task that goes on working."
         )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
 
 from starlette.applications import Starlette
 
-from ._admission import admission, unavailable
-from ._context import NoUnit
-from ._database import Database, S_co
-from ._options import async_engine, boolean, commit_policy, create_engine, paths, session_class_of, shown
-from ._pool import saturation_warning
+from ._arguments.checks import boolean, paths, shown
+from ._arguments.engines import async_engine, create_engine
+from ._arguments.keywords import session_class_of
+from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
-from ._request import RequestUnit
-from ._transaction import PLAIN, TransactionSettings
+from ._unit.database import Database, S_co
+from ._unit.place import NoUnit
+from ._web.admission import admission, unavailable
+from ._web.policy import commit_policy
+from ._web.request import RequestUnit
+from ._web.saturation import saturation_warning
 from .exceptions import ConfigurationError, PoolTimeoutError
 
 if TYPE_CHECKING:
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from ._arguments import EngineArgs, SessionArgs
-    from ._context import Current
-    from ._options import CommitWhen
+    from ._arguments.keywords import EngineArgs, SessionArgs
+    from ._unit.place import Place
+    from ._web.policy import CommitWhen
 
 __all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
@@ -69,7 +71,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     """
 
     _database: ClassVar[Database[Any]] = _default_database
-    _current: ClassVar[ContextVar[Current[Any]]] = _default_current
+    _current: ClassVar[ContextVar[Place[Any]]] = _default_current
 
     def __init__(  # noqa: PLR0917  # the order that users of 0.8 know
         self,
@@ -94,7 +96,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._policy = commit_policy(commit_on_exit, commit_when)
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
-        self._terms = database.terms[self._policy.commit_on_exit]
+        self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._engine = self._own_or_given(db_url, custom_engine, engine_args)
         self._owned = db_url is not None
@@ -108,9 +110,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             database.bind(self._engine, session_args)
         if warning is not None:
             warning.watch(database.name, pool)
-        self._in_websocket = NoUnit(database, "in a WebSocket", "open `async with db():` for each message")
+        self._in_websocket = NoUnit(
+            database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
+        )
         self._on_excluded_path = NoUnit(
-            database, "on an excluded path", "take it off exclude_paths, or open `async with db():`"
+            database=database,
+            where="on an excluded path",
+            remedy="take it off exclude_paths, or open `async with db():`",
         )
 
     @staticmethod
@@ -137,33 +143,17 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         if self._admission is not None and not self._admission.admitted(scope):
             await self._admission.serve(self, scope, receive, send)
             return
-        unit = RequestUnit(self._terms, self._current.get(), scope)
-        unit.policy, unit.listen, unit.forward, unit.app = self._policy, receive, send, scope.get("app")
-        unit.outer_exception = sys.exception()
+        outer = self._current.get()
+        unit = RequestUnit(
+            outer, config=self._config, scope=scope, policy=self._policy, listen=receive, forward=send
+        )
         self._current.set(unit)
         try:
-            try:
-                await self.app(scope, unit.receive, unit.send)
-                if unit.failure is not None:
-                    raise unit.failure  # noqa: TRY301  # the application has swallowed it
-            except Exception:  # middlewares outside see that the answer handles it
-                if unit.failure is None:
-                    raise
-                await unit.answer()
-            session = unit.watched
-            if session is None:
-                unit.closed = True
-            elif unit.finish_idle():
-                unit.note(session)  # the application may have committed by hand
-            else:
-                await unit.finish_tail()
-        except BaseException:
-            await unit.abandon()
-            raise
+            await unit._serve(self.app, scope)
         finally:
             # a server may make a connection's next request from within this one's context: let no chain grow
-            self._current.set(unit.outer)
-            unit.outer = None
+            self._current.set(outer)
+            unit._outer = None
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]

@@ -20,8 +20,9 @@ from attrs import frozen
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import text
 
-from ._atomic import Branch, address_of, group_of
-from ._options import async_engine, boolean, create_engine, place_of, positive, shown
+from ._arguments.checks import boolean, positive, shown
+from ._arguments.engines import async_engine, create_engine, place_of
+from ._cluster.branch import Branch, address_of, group_of
 from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:

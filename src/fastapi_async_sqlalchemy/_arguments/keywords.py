@@ -1,0 +1,113 @@
+"""The keyword arguments of engines and sessions that a caller may give.
+
+Annotations are evaluated here, unlike in the other rooms: a ``TypedDict`` of strings would compile each of
+them at import, and whoever reads them at run time would have to know our imports.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import ModuleType
+from typing import Any, Literal, TypedDict
+
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Mapper, Query, Session
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.sql.schema import Table
+
+from ..exceptions import ConfigurationError
+from .checks import mapping, shown
+
+
+class EngineArgs(TypedDict, total=False):
+    """Keyword arguments of ``create_async_engine()``, as SQLAlchemy 2.0 and 2.1 document them."""
+
+    async_creator: Callable[[], Awaitable[object]]
+    connect_args: Mapping[str, object]
+    creator: Callable[[], DBAPIConnection] | Callable[[ConnectionPoolEntry], DBAPIConnection]
+    echo: bool | Literal["debug"] | None
+    echo_pool: bool | Literal["debug"] | None
+    enable_from_linting: bool
+    execution_options: Mapping[str, object]
+    hide_parameters: bool
+    implicit_returning: Literal[True]
+    insertmanyvalues_page_size: int
+    isolation_level: EngineIsolationLevel
+    json_deserializer: Callable[[str], object]
+    json_serializer: Callable[[Any], str]
+    label_length: int | None
+    logging_name: str
+    max_identifier_length: int | None
+    max_overflow: int
+    module: ModuleType | str | None
+    paramstyle: Literal["qmark", "numeric", "named", "format", "pyformat", "numeric_dollar"] | None
+    plugins: list[str]
+    pool: Pool | None
+    pool_logging_name: str
+    pool_pre_ping: bool
+    pool_recycle: int
+    pool_reset_on_return: Literal["rollback", "commit"] | bool | None
+    pool_size: int
+    pool_timeout: float
+    pool_use_lifo: bool
+    poolclass: type[Pool] | None
+    query_cache_size: int
+    skip_autocommit_rollback: bool
+    use_insertmanyvalues: bool
+
+
+class SessionArgs(TypedDict, total=False):
+    """Keyword arguments of SQLAlchemy's ``AsyncSession`` and ``Session``, less ``bind``.
+
+    ``class_`` is the session class, in the spelling of ``async_sessionmaker``. Two defaults differ
+    from SQLAlchemy's: ``expire_on_commit`` is False, because an expired attribute cannot be loaded by
+    reading it under asyncio, and ``close_resets_only`` is False once the unit has ended.
+    """
+
+    autobegin: bool
+    autoflush: bool
+    binds: dict[type[Any] | Mapper[Any] | Table | str, AsyncEngine | AsyncConnection]
+    class_: type[AsyncSession]
+    close_resets_only: bool
+    enable_baked_queries: bool
+    execution_options: Mapping[str, object]
+    expire_on_commit: bool
+    info: dict[Any, Any]
+    join_transaction_mode: Literal[
+        "conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"
+    ]
+    query_cls: type[Query[Any]]
+    sync_session_class: type[Session]
+    twophase: bool
+
+
+def session_arguments(value: object) -> dict[str, Any]:
+    """Return session arguments, checked for what SQLAlchemy itself would not tell well."""
+    arguments = dict(mapping("session_args", value))
+    if "bind" in arguments:
+        message = (
+            "session_args must not hold 'bind': give the engine as custom_engine=, or the URL as db_url=."
+        )
+        raise ConfigurationError(message)
+    if arguments.get("class_") is not None:
+        session_class_of("session_args['class_']", arguments["class_"])
+    sync_class: object = arguments.get("sync_session_class", Session)
+    given: object = sync_class
+    if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
+        message = f"session_args['sync_session_class'] must be a Session class, not {shown(given)}."
+        raise ConfigurationError(message)
+    binds = mapping("session_args['binds']", arguments.get("binds"))
+    if not all(isinstance(bind, AsyncEngine | AsyncConnection) for bind in binds.values()):
+        message = (
+            "session_args['binds'] must map classes or tables to an AsyncEngine or AsyncConnection each."
+        )
+        raise ConfigurationError(message)
+    return arguments
+
+
+def session_class_of(name: str, value: object) -> None:
+    """Refuse what is not an ``AsyncSession`` class."""
+    class_: object = value
+    if not (isinstance(value, type) and issubclass(value, AsyncSession)):
+        message = f"{name} must be a subclass of sqlalchemy.ext.asyncio.AsyncSession, not {shown(class_)}."
+        raise ConfigurationError(message)

@@ -1,0 +1,264 @@
+"""One outcome for units of several databases, by two-phase commit.
+
+One of the prepared transactions is the witness: it is prepared last and committed last, and its name says so.
+Where it is found after a crash, all had been prepared, and the rest can be committed; where it is not, either
+nothing had been committed, or everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final, cast
+from uuid import uuid4
+
+from attrs import Factory, define, evolve
+from sqlalchemy.engine import TwoPhaseTransaction
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
+from sqlalchemy.sql import text
+
+from .._arguments.checks import shown
+from .._dialects.begin import commits_by_itself
+from .._session.cancellation import to_completion
+from .._session.state import StatefulSession, has_written
+from .._unit.database import UnitConfig
+from .._unit.place import Handle
+from .._unit.scope import OneUse, UnitScope
+from .._unit.settling import roll_back
+from ..exceptions import ConfigurationError, InDoubtError, UnexpectedRollbackError
+from .branch import Branch, address_of, group_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
+
+    from .._session.state import SessionState
+    from .._unit.unit import UnitOfWork
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+_FEWEST: Final = 2
+_NO_WITNESS: Final = (
+    "nothing was written to the last database of atomic(), and MariaDB would forget that all were prepared"
+)
+_REORDER: Final = "give atomic() last the database that is always written to"
+_REOPEN: Final = "`async with atomic(...):`"
+
+
+def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None, None]:
+    """Open a unit of work of each database; all of them commit, or none.
+
+    Inside ``async with atomic(a, b):`` the sessions of ``a`` and ``b`` are the units'. Leaving the block
+    prepares all, then commits all; an error rolls all back. To commit one by hand raises
+    ``TransactionBegunError``. PostgreSQL (``max_prepared_transactions`` above 0) and MariaDB can take part.
+
+    Raises ``ConfigurationError`` for a wrong argument, ``SessionNotInitialisedError`` before there is an
+    engine. Leaving the block, ``InDoubtError`` where a connection broke so late that a prepared transaction
+    is left behind: ``python -m fastapi_async_sqlalchemy.recovery`` finishes it.
+    """
+    for one in databases:
+        _require_proxy(one)
+    if len({address_of(proxy._database.engine.url) for proxy in databases}) < max(_FEWEST, len(databases)):
+        message = "atomic() takes two databases or more, each at a URL of its own: use `db()` for one."
+        raise ConfigurationError(message)
+    for proxy in databases:
+        if commits_by_itself(proxy._database.engine):
+            message = (
+                f"{proxy._database.name} is in AUTOCOMMIT, and atomic() could not roll it back: "
+                "give it an engine without isolation_level='AUTOCOMMIT'."
+            )
+            raise ConfigurationError(message)
+    return AtomicScope([_scope(proxy) for proxy in databases])
+
+
+def _require_proxy(value: object) -> None:
+    if not isinstance(value, Handle):
+        message = f"databases must be proxies such as `db`, not {shown(value)}."
+        raise ConfigurationError(message)
+
+
+def _scope(proxy: Handle[AsyncSession]) -> UnitScope[Any]:
+    settings = evolve(proxy._database.settings, twophase=True)
+    make = proxy._database.maker(None, settings)
+    return UnitScope(UnitConfig(proxy._database, settings, make), proxy._current)
+
+
+@define(eq=False, repr=False)
+class AtomicScope(OneUse):
+    """What ``atomic(...)`` returns: an async context manager around one unit of each database."""
+
+    scopes: list[UnitScope[Any]]
+    transaction: str = Factory(lambda: uuid4().hex)
+    units: dict[UnitOfWork[Any], Branch] = Factory(dict["UnitOfWork[Any]", Branch])
+    stack: AsyncExitStack = Factory(AsyncExitStack)
+
+    async def __aenter__(self) -> None:
+        self._enter_once(self.scopes[0].database.name, _REOPEN)
+        begun, group = int(time.time()), group_of(scope.database.engine for scope in self.scopes)
+        named_late = any(_is_named_late(scope.database.engine) for scope in self.scopes)
+        async with AsyncExitStack() as stack:
+            for place, scope in enumerate(self.scopes, 1):
+                unit = await stack.enter_async_context(scope)
+                witness = not named_late and place == len(self.scopes)
+                self.units[unit] = branch = Branch(witness, begun, self.transaction, group, place)
+                unit._own_hooks().atomic = True
+                _state(unit).xid = str(branch)
+            self.stack = stack.pop_all()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        async with self.stack.pop_all() as stack:
+            if error is None:
+                await to_completion(self._end())
+            else:
+                await stack.__aexit__(kind, error, trace)
+
+    async def _end(self) -> None:
+        """Prepare and commit what was used; a unit that was given up takes the others along."""
+        for unit in self.units:
+            hooks = unit._own_hooks()
+            await _state(unit).idle()
+            hooks.atomic = False
+            if not hooks.rollback_only and not unit.session.in_transaction():
+                hooks.refuse_commit()
+                await hooks.before_commit()
+        if any(unit._own_hooks().rollback_only for unit in self.units):
+            for unit in reversed(self.units):
+                await roll_back(unit)
+            return
+        used = [unit for unit in self.units if unit.session.in_transaction()]
+        if len(used) > 1 and not _only_read(used):
+            await self._commit_all(await self._in_order(used))
+        else:
+            for unit in used:
+                unit.session.sync_session.twophase = False
+                await unit.commit()
+        for unit in self.units:
+            await unit._own_hooks().settled(committed=True)
+
+    async def _in_order(self, used: list[UnitOfWork[Any]]) -> list[UnitOfWork[Any]]:
+        """Return the units in the order of both phases, with a witness that lasts at the end."""
+        late = [unit for unit in self.units if _is_named_late(unit._database.engine)]
+        witness = late[-1] if late else next(unit for unit, branch in self.units.items() if branch.witness)
+        if not late and not has_written(_watched(witness)):  # MariaDB forgets what is prepared and empty
+            await self._roll_back(used)
+            raise UnexpectedRollbackError(witness._database.name, _NO_WITNESS, _REORDER)
+        if late:
+            _state(witness).xid = str(evolve(self.units[witness], witness=True))
+        await witness.session.connection()
+        return [*(unit for unit in used if unit is not witness), witness]
+
+    async def _roll_back(self, units: Iterable[UnitOfWork[Any]]) -> None:
+        for unit in units:
+            await roll_back(unit)
+
+    async def _commit_all(self, units: list[UnitOfWork[Any]]) -> None:
+        names = [unit._database.name for unit in units]
+        await units[-1].session.run_sync(_ask)
+        for at, unit in enumerate(units):
+            try:
+                await unit.session.run_sync(_prepare)
+            except BaseException as error:  # noqa: BLE001  # raised again below, as it is or as a cause
+                original = _original(error)
+                if unit is units[-1] and _is_unknown(original, unit._database.engine):
+                    await _leave_behind(units)
+                    raise InDoubtError(self.transaction, [], names) from original
+                if left := await _undo(reversed(units[:at])):
+                    raise InDoubtError(self.transaction, [], left) from original
+                raise original  # noqa: B904  # it is the error itself, or was hidden by it
+        for at, unit in enumerate(units):
+            state = _state(unit)
+            hooks, state.hooks = state.hooks, None  # they run when all have committed
+            try:
+                await unit.session.commit()
+            except BaseException as error:  # the witness must outlast the others
+                await _leave_behind(units[at:])
+                for committed in units[:at]:
+                    await committed._own_hooks().settled(committed=True)
+                raise InDoubtError(self.transaction, names[:at], names[at:]) from error
+            finally:
+                state.hooks = hooks
+
+
+def _watched(unit: UnitOfWork[Any]) -> StatefulSession:
+    return cast("StatefulSession", unit.session.sync_session)
+
+
+def _state(unit: UnitOfWork[Any]) -> SessionState:
+    return _watched(unit)._fastapi_async_sqlalchemy
+
+
+def _is_named_late(engine: AsyncEngine) -> bool:
+    """Whether a transaction gets its name when it is prepared, not when it begins."""
+    return engine.dialect.name == "postgresql"
+
+
+def _ask(session: Session) -> None:
+    """Flush, and see that the connection lives, while nothing is prepared; for ``run_sync()``."""
+    observed = cast("StatefulSession", session)
+    observed.flush()
+    if (
+        observed._fastapi_async_sqlalchemy.ledger.failure is None
+    ):  # else PREPARE asks, and what the answer is makes no doubt
+        observed.connection().execute(text("SELECT 1"))
+
+
+def _only_read(units: Iterable[UnitOfWork[Any]]) -> bool:
+    """Whether nothing was written or is about to be: MariaDB prepares no such transaction."""
+    return all(
+        not (_is_named_late(unit._database.engine) or has_written(_watched(unit)))
+        and not unit._own_hooks().before
+        for unit in units
+    )
+
+
+def _prepare(session: Session) -> None:
+    """Prepare a session's transaction, by the name that it has by now; for ``run_sync()``."""
+    observed = cast("StatefulSession", session)
+    while (savepoint := observed.get_nested_transaction()) is not None:
+        savepoint.commit()  # one that was left open, as COMMIT does
+    observed.flush()
+    transaction = observed.connection().get_transaction()
+    if isinstance(transaction, TwoPhaseTransaction):
+        transaction.xid = observed._fastapi_async_sqlalchemy.xid
+    observed.prepare()
+
+
+async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
+    """Roll back what is prepared; returns the databases where it is left behind."""
+    left = list[str]()
+    for unit in units:
+        try:
+            await unit.session.rollback()
+        except Exception:
+            name = unit._database.name
+            logger.warning("ROLLBACK of what is prepared on %s failed.", name, exc_info=True)
+            left.append(name)
+    return left
+
+
+async def _leave_behind(units: Iterable[UnitOfWork[Any]]) -> None:
+    """Discard connections with their prepared transactions, which must not be rolled back."""
+    for unit in units:
+        unit._own_hooks().drop()
+        await unit.session.invalidate()
+
+
+def _original(error: BaseException) -> BaseException:
+    """Return what the database said; an early SQLAlchemy 2.0 hides it by an error of its own."""
+    hidden = error.__context__
+    return hidden if isinstance(error, IllegalStateChangeError) and hidden is not None else error
+
+
+def _is_unknown(error: BaseException, engine: AsyncEngine) -> bool:
+    """Whether a statement may have been done all the same."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated
+    # SQLAlchemy 2.0 passes some errors of asyncpg on as they are, when a connection has broken
+    is_driver_s = type(error).__module__.partition(".")[0] == engine.dialect.driver
+    return is_driver_s or isinstance(error, OSError) or not isinstance(error, Exception)

@@ -1,0 +1,159 @@
+"""Reading one's own writes from a replica: a position of the primary's log, and units that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Generic, NewType
+
+from attrs import define
+from sqlalchemy.sql import text
+from sqlalchemy.util import await_only
+
+from .._arguments.checks import positive, shown
+from .._session.checkout import pool_status, remedy_for
+from .._unit.database import S_co
+from ..exceptions import ConfigurationError, PoolTimeoutError, ReplicaLagError, UnitClosedError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+    from .._unit.scope import UnitScope
+    from .._unit.unit import UnitOfWork
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+WalPosition = NewType("WalPosition", str)
+"""A place in PostgreSQL's write-ahead log, as ``pg_lsn`` writes it: text that fits a header or a cookie."""
+
+_POSITION: Final = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")
+# The place of the next record, since a COMMIT that waits for no disk may not be written yet. Where a block or
+# a segment begins it lies behind the header, of 24 or 40 bytes, where no replay arrives before that record.
+_POSITION_SQL: Final = """
+SELECT CAST(next - CASE
+    WHEN bytes % CAST(current_setting('wal_block_size') AS numeric) = 24 THEN 24
+    WHEN bytes % pg_size_bytes(current_setting('wal_segment_size')) = 40 THEN 40
+    ELSE 0 END AS text)
+FROM (SELECT next, next - '0/0' AS bytes FROM pg_current_wal_insert_lsn() AS next) AS here
+"""
+# A server that was promoted replays no more: then what it has written itself counts.
+_REPLAYED_SQL: Final = """
+SELECT CAST(reached AS text), reached >= CAST(CAST(:position AS text) AS pg_lsn)
+FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END
+    AS reached) AS here
+"""
+_FIRST_PAUSE: Final = 0.001
+_LONGEST_PAUSE: Final = 0.05
+"""Seconds between two questions; PostgreSQL tells nobody by itself how far it has replayed."""
+_TIMEOUT: Final = 1.0
+"""Seconds to wait where nothing else is said."""
+_GRACE: Final = 0.5
+"""Seconds more for a server that answers nothing, so that one that answers can tell how far it is."""
+
+
+async def written_position(session: AsyncSession) -> WalPosition:
+    """Ask a primary how far its log goes: everything that is committed lies before that."""
+    return WalPosition((await session.execute(text(_POSITION_SQL))).scalar_one())
+
+
+def require_postgresql(name: str, engine: AsyncEngine) -> None:
+    """Raise ``ConfigurationError`` for a database whose log has no such positions."""
+    if engine.dialect.name != "postgresql":
+        message = f"{name} is PostgreSQL's alone: leave it out for {engine.dialect.name}."
+        raise ConfigurationError(message)
+
+
+@define(eq=False)
+class Replay:
+    """Waits at the beginning of a transaction until the server has replayed a position: an on_begin hook."""
+
+    database: str
+    position: WalPosition
+    timeout: float
+    asked: bool = False
+    """There is a connection, and the server was asked on it."""
+
+    def __call__(self, connection: Connection) -> None:
+        """Wait, and leave the connection as it was: a snapshot that was taken before would be too old."""
+        self.asked = True
+        deadline = monotonic() + self.timeout
+        pause = _FIRST_PAUSE
+        while True:
+            replayed, is_there = connection.execute(text(_REPLAYED_SQL), {"position": self.position}).one()
+            connection.connection.rollback()
+            if is_there:
+                return
+            if monotonic() + pause > deadline:
+                raise ReplicaLagError(self.database, self.position, replayed, self.timeout)
+            await_only(asyncio.sleep(pause))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def replay(database: str, engine: AsyncEngine, position: object, timeout: object) -> Replay:
+    """Check the arguments of a unit that waits."""
+    if position is None:
+        message = "timeout and fallback go with wait_for: give the position to wait for, or leave them out."
+        raise ConfigurationError(message)
+    require_postgresql("wait_for", engine)
+    if not isinstance(position, str) or _POSITION.fullmatch(position) is None:
+        message = (
+            f"wait_for must be a position from `await primary.commit_position()`, not {shown(position)}."
+        )
+        raise ConfigurationError(message)
+    return Replay(
+        database, WalPosition(position), positive("timeout", _TIMEOUT if timeout is None else timeout)
+    )
+
+
+@define(eq=False, repr=False)
+class ReplicaScope(Generic[S_co]):
+    """What ``db(wait_for=...)`` returns: a unit on the replica once that is far enough, or on the primary."""
+
+    replica: UnitScope[S_co]
+    wait: Replay
+    primary: UnitScope[S_co] | None
+    entered: UnitScope[S_co] | None = None
+
+    async def __aenter__(self) -> UnitOfWork[S_co]:
+        if self.entered is not None:
+            raise UnitClosedError(self.replica.database.name)
+        self.entered = self.replica
+        unit = await self.replica.__aenter__()
+        try:
+            unit.on_begin(self.wait)
+            await self._connect(unit)
+        except BaseException as error:
+            await self.replica.__aexit__(type(error), error, error.__traceback__)
+            if self.primary is None or not isinstance(error, Exception):
+                raise
+            logger.warning("%s is not read from, its primary is instead: %s", unit._database.name, error)
+            self.entered = self.primary
+            return await self.primary.__aenter__()
+        return unit
+
+    async def _connect(self, unit: UnitOfWork[S_co]) -> None:
+        wait = self.wait
+        limit = asyncio.timeout(wait.timeout + _GRACE)
+        try:
+            async with limit:
+                await unit.session.connection()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            status = pool_status(unit.session.get_bind().engine.pool)
+            if not wait.asked and status.available == 0:
+                remedy = remedy_for(unit._outer_holds)
+                raise PoolTimeoutError(wait.database, wait.timeout, status, remedy) from error
+            raise ReplicaLagError(wait.database, wait.position, None, wait.timeout) from error
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.entered is None:
+            raise UnitClosedError(self.replica.database.name)
+        await self.entered.__aexit__(kind, error, trace)

@@ -1,0 +1,1 @@
+"""What databases and drivers do differently."""

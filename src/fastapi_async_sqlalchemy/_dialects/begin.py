@@ -1,0 +1,188 @@
+"""How the transactions of a unit begin: read-only, their isolation level, and the engine that sees to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Final, cast
+
+from attrs import asdict, frozen
+from sqlalchemy import event
+
+from .._arguments.checks import ISOLATION_LEVELS
+from ..exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+    from .._arguments.checks import IsolationLevel
+
+
+@frozen(kw_only=True)
+class TransactionSettings:
+    """What was asked of a unit's transactions; None is not asked."""
+
+    read_only: bool | None = None
+    isolation_level: IsolationLevel | None = None
+    deferrable: bool | None = None
+    twophase: bool | None = None
+    """It is committed together with those of other databases."""
+
+    def conflict(self, outer: TransactionSettings) -> str | None:
+        """Name the first setting that an open unit does not fulfil, with both values."""
+        given: dict[str, object] = asdict(outer)
+        for name, wanted in asdict(self).items():
+            has = given[name] or False if isinstance(wanted, bool) else given[name]
+            if wanted is not None and wanted != has:
+                return f"{name}={wanted!r} was asked for inside a unit with {name}={has!r}"
+        return None
+
+
+PLAIN: Final = TransactionSettings()
+_SET_SESSION: Final = frozenset({"mysql", "mariadb"})
+"""Dialects whose isolation level SQLAlchemy changes and restores by a statement each."""
+_RESTORE_LEVEL: Final = "fastapi_async_sqlalchemy.restore_level"
+_RESTORE_ACCESS: Final = "fastapi_async_sqlalchemy.restore_access"
+_ACCESS: Final = "fastapi_async_sqlalchemy.access"
+_QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
+
+
+def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable[[], str]) -> AsyncEngine:
+    """Return an engine over the same pool whose transactions have the settings.
+
+    They are set with BEGIN, or before it; what outlasts the transaction is restored.
+    Raises ``ConfigurationError`` for what the database does not have.
+    """
+    dialect = engine.dialect
+    derived = engine.execution_options(**_options_of(engine, settings))
+    if settings.twophase:
+        derived.sync_engine.dialect = named = copy.copy(dialect)
+        named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
+    if settings.isolation_level is not None:
+        event.listen(derived.sync_engine, "begin", _isolation_begin(settings.isolation_level))
+        event.listen(derived.sync_engine, "begin_twophase", _isolation_begin(settings.isolation_level))
+        event.listen(engine.sync_engine.pool, "reset", _restore_level)
+    if settings.isolation_level == "SERIALIZABLE" and dialect.name == "sqlite":
+        event.listen(derived.sync_engine, "before_cursor_execute", _begin)
+    if settings.read_only and dialect.name != "postgresql":
+        begin, restore = _read_only(dialect.name)
+        event.listen(derived.sync_engine, "begin", begin)
+        event.listen(engine.sync_engine.pool, "reset", restore)
+    return derived
+
+
+def commits_by_itself(engine: AsyncEngine) -> bool:
+    """Whether an engine is in AUTOCOMMIT: what it sends is stored at once."""
+    level = engine.dialect._on_connect_isolation_level  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
+
+
+def _options_of(engine: AsyncEngine, settings: TransactionSettings) -> dict[str, object]:
+    """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
+    options: dict[str, object] = {}
+    dialect = engine.dialect
+    if settings.twophase and dialect.name not in {"postgresql", *_SET_SESSION}:
+        message = f"{dialect.name} has no two-phase commit: leave it out of atomic()."
+        raise ConfigurationError(message)
+    if settings.isolation_level is not None:
+        levels = dialect.get_isolation_level_values(cast("DBAPIConnection", None))  # none is open yet
+        if settings.isolation_level not in levels:
+            known = ", ".join(level for level in ISOLATION_LEVELS if level in levels)
+            message = (
+                f"{dialect.name} has no isolation_level {settings.isolation_level!r}: use one of {known}."
+            )
+            raise ConfigurationError(message)
+    if settings.deferrable:
+        if dialect.name != "postgresql":
+            message = f"deferrable is PostgreSQL's alone: leave it out for {dialect.name}."
+            raise ConfigurationError(message)
+        options["postgresql_deferrable"] = True
+    if settings.read_only and dialect.name == "postgresql":
+        options["postgresql_readonly"] = True
+    if options and settings.isolation_level is None and commits_by_itself(engine):
+        message = (
+            "read_only and deferrable are of a transaction, and this engine is in AUTOCOMMIT: "
+            "give isolation_level as well, or an engine without isolation_level='AUTOCOMMIT'."
+        )
+        raise ConfigurationError(message)
+    return options
+
+
+def _isolation_begin(level: IsolationLevel) -> Callable[..., None]:
+    """Return what gives a connection its level, when its transaction begins.
+
+    By SQLAlchemy's own option a level of the engine's would win; and where it is restored by a statement, as
+    on MariaDB, a connection that breaks then is lost to its pool, and its error seems to be COMMIT's.
+    """
+
+    def set_level(connection: Connection, *_: object) -> None:
+        driver = connection.connection.dbapi_connection
+        if driver is not None:
+            connection.info[_RESTORE_LEVEL] = connection.dialect.reset_isolation_level
+            connection.dialect.set_isolation_level(driver, level)
+
+    return set_level
+
+
+def _restore_level(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
+    """Give a connection that goes back to the pool the engine's own level again."""
+    restore = record.info.pop(_RESTORE_LEVEL, None)
+    if restore is not None and not state.terminate_only:
+        driver.rollback()  # the dialect ends a change of level by COMMIT
+        restore(driver)
+
+
+def _begin(connection: Connection, cursor: DBAPICursor, statement: str, *_: object) -> None:
+    """Begin the transaction that Python's driver puts off until the first write: what is read counts, too.
+
+    Where the first statement is sent, so that an engine or a hook that begins by itself comes before.
+    """
+    driver = connection.connection.driver_connection
+    if driver is not None and not driver.in_transaction and statement[:5].upper() != "BEGIN":
+        cursor.execute("BEGIN")
+
+
+def _read_only(dialect: str) -> tuple[Callable[[Connection], None], Callable[..., None]]:
+    """Return what makes a connection read-only, and what undoes that when it goes back to the pool."""
+    if dialect == "sqlite":
+        return _query_only, _reset_query_only
+    if dialect in _SET_SESSION:
+        return _session_read_only, _restore_access
+    message = f"read_only cannot be enforced on {dialect}: PostgreSQL, MySQL, MariaDB and SQLite can."
+    raise ConfigurationError(message)
+
+
+def _session_read_only(connection: Connection) -> None:
+    """Have all transactions read-only: one that was begun so would be ended by CREATE, DROP or TRUNCATE."""
+    if _ACCESS not in connection.info:
+        shown = connection.exec_driver_sql(
+            "SHOW VARIABLES WHERE variable_name IN ('tx_read_only', 'transaction_read_only')"
+        )
+        connection.info[_ACCESS] = "READ ONLY" if shown.all()[0][1] == "ON" else "READ WRITE"
+    connection.info[_RESTORE_ACCESS] = True
+    connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
+
+
+def _restore_access(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
+    """Let a connection that goes back to the pool write again, if it could before."""
+    if record.info.pop(_RESTORE_ACCESS, False) and not state.terminate_only:
+        cursor = driver.cursor()
+        cursor.execute(f"SET SESSION TRANSACTION {record.info[_ACCESS]}")
+        cursor.close()
+
+
+def _query_only(connection: Connection) -> None:
+    connection.info[_QUERY_ONLY] = True
+    connection.exec_driver_sql("PRAGMA query_only = ON")
+
+
+def _reset_query_only(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
+    """Let a connection that goes back to the pool write again."""
+    if record.info.pop(_QUERY_ONLY, False) and not state.terminate_only:
+        cursor = driver.cursor()
+        cursor.execute("PRAGMA query_only = OFF")
+        cursor.close()

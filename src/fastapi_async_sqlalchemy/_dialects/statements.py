@@ -1,0 +1,32 @@
+"""What the text of a statement says of it: its verb, and whether it only reads."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+READS: Final = frozenset(
+    {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"}
+)
+"""Verbs of statements that leave nothing to commit."""
+_COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
+_PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
+"""What COMMIT sends where a transaction takes part in a two-phase commit."""
+_VERB: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
+_WRITING_CTE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE\s+INTO)\b", re.IGNORECASE)
+
+
+def verb_of(statement: str) -> str:
+    """Return the first word, after blanks, brackets and comments."""
+    found = _VERB.match(statement)
+    return found[1].upper() if found else ""
+
+
+def has_writing_part(statement: str) -> bool:
+    """Whether a ``WITH`` may write: a word in a text that it quotes counts, too."""
+    return _WRITING_CTE.search(statement) is not None
+
+
+def decides(statement: str, xid: str) -> bool:
+    """Whether it decides the transaction of that name: to prepare does so for the witness alone."""
+    return statement.startswith(_COMMITS) or (xid.endswith("w") and statement.startswith(_PREPARES))

@@ -1,0 +1,176 @@
+"""What a unit's owner wants done around its transactions: hooks, and a mark that forbids COMMIT."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from anyio import CancelScope
+from attrs import Factory, define
+from sqlalchemy.engine import Connection
+
+from .._arguments.checks import shown
+from ..exceptions import TransactionBegunError, UnexpectedRollbackError
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+Hook: TypeAlias = Callable[[], Awaitable[object] | object]
+"""What runs around an outcome: a function or a coroutine function without arguments."""
+BeginHook: TypeAlias = Callable[[Connection], object]
+"""What runs where a transaction begins: a plain function of SQLAlchemy's synchronous connection."""
+
+ROLLBACK_ONLY: Final = "set_rollback_only() was called"
+JOINED: Final = "a block that had joined it failed"
+_HOOK_FAILED: Final = "a before_commit hook failed"
+
+
+@define(eq=False, repr=False, kw_only=True)
+class Registered:
+    """Something that shares the fate of the savepoint in which it was registered."""
+
+    undone: bool = False
+    """Its savepoint was rolled back."""
+
+
+@define(eq=False, repr=False, kw_only=True)
+class RegisteredHook(Registered):
+    """A hook, and the outcome it waits for."""
+
+    run: Hook
+    on_commit: bool
+
+
+@define(eq=False, repr=False, kw_only=True)
+class RollbackMark(Registered):
+    """Why the transaction can only be rolled back."""
+
+    reason: str
+    cause: BaseException | None
+
+
+@define(eq=False, repr=False)
+class Hooks:
+    """The hooks of one unit; made when the first one is registered."""
+
+    database: str
+    after: list[RegisteredHook] = Factory(list[RegisteredHook])
+    before: deque[RegisteredHook] = Factory(deque[RegisteredHook])
+    begin: list[BeginHook] = Factory(list[BeginHook])
+    marks: list[RollbackMark] = Factory(list[RollbackMark])
+    due: list[RegisteredHook] = Factory(list[RegisteredHook])
+    """What an outcome that is known has still to run: a cancellation may have come with a COMMIT."""
+    inside: dict[SessionTransaction, list[Registered]] = Factory(
+        dict["SessionTransaction", "list[Registered]"]
+    )
+    """What was registered inside each open savepoint."""
+    atomic: bool = False
+    """The transaction is committed together with those of other databases."""
+
+    @property
+    def mark(self) -> RollbackMark | None:
+        """What forbids COMMIT, if anything does; the owner's own word comes before a failure."""
+        marks = [mark for mark in self.marks if not mark.undone]
+        return next((mark for mark in marks if mark.reason is ROLLBACK_ONLY), marks[0] if marks else None)
+
+    @property
+    def rollback_only(self) -> bool:
+        """Whether the owner has given the transaction up, which is no surprise to anybody."""
+        return self.mark is not None and self.mark.reason is ROLLBACK_ONLY
+
+    def refuse_commit(self) -> None:
+        """Raise ``UnexpectedRollbackError`` if the transaction can only be rolled back."""
+        if self.atomic:
+            remedy = "atomic() commits it with those of the other databases when its block ends"
+            raise TransactionBegunError(self.database, remedy)
+        if self.mark is not None:
+            raise UnexpectedRollbackError(self.database, self.mark.reason) from self.mark.cause
+
+    def begun(self, connection: Connection) -> None:
+        """Run what belongs before the first statement of a transaction, or leave nothing to run it on."""
+        try:
+            for hook in self.begin:
+                _begin_by(hook, connection)
+        except BaseException:
+            connection.invalidate()  # no statement may follow that counts on the hook
+            raise
+
+    async def before_commit(self) -> None:
+        """Run what belongs into the transaction that is about to be committed; an error stops COMMIT."""
+        while self.before:
+            hook = self.before.popleft()
+            if hook.undone:
+                continue
+            try:
+                result = hook.run()
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as error:
+                self.marks.append(RollbackMark(reason=_HOOK_FAILED, cause=error))
+                raise
+
+    def decide(self, *, committed: bool) -> None:
+        """Part the hooks of an outcome from those that are registered from now on; it lifts the mark."""
+        # the hook of a savepoint that was rolled back saw a rollback, whatever became of the rest
+        self.due += [hook for hook in self.after if hook.on_commit == (committed and not hook.undone)]
+        self.drop()
+
+    async def settled(self, *, committed: bool) -> None:
+        """Run the hooks of an outcome, each isolated from the others.
+
+        A cancellation ends the hook that it arrives in, and goes on when the others have run.
+        """
+        self.decide(committed=committed)
+        hooks, self.due = self.due, []
+        await self._run(iter(hooks))
+
+    async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
+        for hook in hooks:
+            try:
+                result = hook.run()
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or not task.cancelling():
+                    logger.exception("A hook of %s awaited what was cancelled: %r", self.database, hook.run)
+                    continue
+                with CancelScope(shield=True):  # AnyIO's own scopes would cancel again at every await
+                    await self._run(hooks)
+                raise
+
+    def drop(self) -> None:
+        """Forget the hooks whose outcome is unknown."""
+        self.after, self.before, self.marks, self.inside = [], deque(), [], {}
+
+    def follow_savepoint(self, transaction: SessionTransaction, *, kept: bool) -> None:
+        """Hand what was registered in a savepoint on to what is around it, or drop it."""
+        registered = self.inside.pop(transaction, None)
+        if registered is None:
+            return
+        if not kept:
+            for one in registered:
+                one.undone = True
+        elif transaction.parent is not None and transaction.parent.nested:
+            self.inside.setdefault(transaction.parent, []).extend(registered)
+
+    def share_fate(self, registered: Registered, savepoint: SessionTransaction | None) -> None:
+        """Undo what is registered with the savepoint that is current, if one is."""
+        if savepoint is not None:
+            self.inside.setdefault(savepoint, []).append(registered)
+
+
+def _begin_by(hook: BeginHook, connection: Connection) -> None:
+    result = hook(connection)
+    if inspect.iscoroutine(result):
+        result.close()
+        message = f"an on_begin hook must be a plain function, and {shown(hook)} returned a coroutine."
+        raise TypeError(message)

@@ -1,0 +1,120 @@
+"""The end of each transaction, as SQLAlchemy's own events report it; and whether it may be a COMMIT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import ref
+
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql import text
+from sqlalchemy.util import await_only
+
+from ..exceptions import UnexpectedRollbackError
+from .ledger import BLANK
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import SessionTransaction
+
+    from .ledger import Ledger
+    from .state import SessionState, StatefulSession
+
+
+def follow(session_class: type[StatefulSession]) -> None:
+    """Follow the transactions of a class of sessions, however they end."""
+    event.listen(session_class, "after_begin", _after_begin)
+    event.listen(session_class, "before_commit", _before_commit)
+    event.listen(session_class, "after_commit", _after_commit, insert=True)  # before a listener that may fail
+    event.listen(session_class, "after_transaction_end", _after_transaction_end)
+
+
+def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> None:
+    """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
+    state = session._fastapi_async_sqlalchemy
+    state.committing = False
+    if state.hooks is not None:
+        if lifts_marks:
+            state.hooks.marks.clear()
+        if session.in_transaction() and not state.ledger.unknown:
+            state.hooks.decide(committed=False)
+
+
+def _after_begin(session: StatefulSession, transaction: SessionTransaction, connection: Connection) -> None:
+    state = session._fastapi_async_sqlalchemy
+    state.shared.connections[connection] = ref(session)
+    if state.checkout is not None:
+        state.checkout.connected()
+    if transaction.parent is None and state.hooks is not None:
+        state.hooks.begun(connection)
+
+
+def _before_commit(session: StatefulSession) -> None:
+    if session.in_nested_transaction():
+        return  # a savepoint is about to be released
+    state = session._fastapi_async_sqlalchemy
+    if state.hooks is not None:
+        state.hooks.refuse_commit()
+        await_only(state.hooks.before_commit())
+        state.hooks.refuse_commit()
+    if state.ledger.failure is not None:
+        _refuse_silent_rollback(state.ledger, state.shared.name)
+    state.committing = True
+
+
+def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
+    """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
+    reason = "the database has rolled it back after a conflict"
+    if not ledger.lost:
+        if _answers(ledger):
+            ledger.forgive()
+            return
+        reason = "a statement in it failed and the database has given the transaction up"
+    raise UnexpectedRollbackError(database, reason) from ledger.failure
+
+
+def _answers(ledger: Ledger) -> bool:
+    """Ask every connection on which a statement failed whether its transaction goes on."""
+    try:
+        for connection in ledger.failed_on:
+            connection.execute(text("SELECT 1"))
+    except SQLAlchemyError:
+        return False
+    return True
+
+
+def _after_commit(session: StatefulSession) -> None:
+    state = session._fastapi_async_sqlalchemy
+    if session.in_nested_transaction():
+        state.released = True
+        return
+    # SQLAlchemy may not reach the end of the transaction: the task may be cancelled at the pool's reset
+    state.committed_writes = state.committed_writes or state.ledger.written > 0
+    state.committing = False
+    state.ledger = BLANK
+    if state.hooks is not None:
+        state.hooks.decide(committed=True)
+
+
+def _after_transaction_end(session: StatefulSession, transaction: SessionTransaction) -> None:
+    state = session._fastapi_async_sqlalchemy
+    if transaction.parent is None:
+        _end_root(session, state)
+    elif transaction.nested:
+        released, state.released = state.released, False
+        if state.ledger is not BLANK:
+            state.ledger.end_block(transaction)
+        if state.hooks is not None:
+            state.hooks.follow_savepoint(transaction, kept=released)
+
+
+def _end_root(session: StatefulSession, state: SessionState) -> None:
+    unknown, state.ledger = state.ledger.unknown, BLANK
+    state.committing = False
+    if state.checkout is not None:
+        state.checkout.after_operation(session)
+    if state.hooks is not None:
+        if unknown:
+            state.hooks.drop()
+        else:
+            await_only(state.hooks.settled(committed=False))  # a COMMIT has decided its hooks before

@@ -1,0 +1,179 @@
+"""The one attribute that a session carries: which task uses it, and what its transaction holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import current_task
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+from attrs import Factory, define
+from sqlalchemy.orm import Session
+
+from .._dialects.statements import READS, verb_of
+from .ledger import BLANK, Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection, Engine, ExceptionContext
+
+    from .checkout import Checkout
+    from .hooks import Hooks
+    from .streams import Stream
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+@define(eq=False, repr=False)
+class Shared:
+    """What the sessions of one database have in common."""
+
+    name: str
+    """The database, as messages name it."""
+    connections: WeakKeyDictionary[Connection, ref[StatefulSession]] = Factory(
+        WeakKeyDictionary["Connection", "ref[StatefulSession]"]
+    )
+    """Connections that may be used without calling their session."""
+    operating: dict[asyncio.Task[Any] | None, StatefulSession] = Factory(
+        dict["asyncio.Task[Any] | None", "StatefulSession"]
+    )
+    """The session in the middle of an operation, by task: a dialect's event names only a connection."""
+    engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    """The engines that are listened to."""
+    unbuffered: bool = False
+    """There are streams that another statement would cut short."""
+    loop: asyncio.AbstractEventLoop | None = None
+    """The event loop of asyncpg's pooled connections, which do not notice that another one breaks them."""
+
+    def session_of(self, connection: Connection) -> StatefulSession | None:
+        """Return the session that a connection works for at the moment."""
+        session = self.operating.get(task_at_work())
+        if session is None and (used := self.connections.get(connection)) is not None:
+            session = used()
+        return session
+
+
+class SessionState:
+    """Defaults are class attributes until they change: making a session costs nothing more."""
+
+    closed: bool = False
+    """The unit has ended: nothing may begin again."""
+    holder: asyncio.Task[Any] | None = None
+    """The task that is in the middle of an operation."""
+    operation: str = ""
+    """The name of that operation."""
+    ledger: Ledger = BLANK
+    """The record of the current transaction."""
+    committed_writes: bool = False
+    """A commit of this session included statements other than reads."""
+    committing: bool = False
+    """COMMIT was asked for and is about to be sent."""
+    released: bool = False
+    """A savepoint was just released and is about to end."""
+    streams: tuple[Stream, ...] = ()
+    hooks: Hooks | None = None
+    checkout: Checkout | None = None
+    """How the session comes to its connections, where that is limited."""
+    outer_holds: Callable[[], bool] | None = None
+    """Whether a unit around this session's holds a connection of the same pool."""
+    exposed: bool = False
+    """User code has the connection: a task may be in the middle of a statement on it."""
+    waiter: asyncio.Future[None] | None = None
+    settling: bool = False
+    """A response is about to start: other tasks wait until the transaction is decided."""
+    xid: str = ""
+    """The name of the transaction, where it takes part in a two-phase commit."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def busy(self) -> bool:
+        """Whether another task is in the middle of an operation."""
+        return self.holder is not None and self.holder is not current_task()
+
+    async def idle(self) -> None:
+        """Wait until no other task is in the middle of an operation."""
+        while self.busy():
+            if self.waiter is None:
+                self.waiter = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self.waiter)
+
+    def streaming(self) -> bool:
+        """Whether a result of ``stream()`` or ``stream_scalars()`` is unread and still referenced."""
+        self.streams = tuple(stream for stream in self.streams if stream.unread)
+        return bool(self.streams)
+
+    def close_streams(self) -> None:
+        """Close the unread results: some drivers will not commit over them."""
+        streams, self.streams = self.streams, ()
+        for stream in streams:
+            stream.close()
+
+    def writing(self) -> Ledger:
+        """Return the ledger of the current transaction for an entry."""
+        if self.ledger is BLANK:
+            self.ledger = Ledger()
+        return self.ledger
+
+    def note_error(self, context: ExceptionContext) -> None:
+        """Record a statement's error, or that COMMIT was cut short."""
+        committing, self.committing = self.committing, False
+        statement = context.statement
+        if statement is None and context.execution_context is not None:
+            statement, self.streams = "", ()  # its rows were being fetched: no more will come
+        if self.writing().note_error(context, statement, committing=committing, xid=self.xid):
+            logger.error(
+                "COMMIT on %s was interrupted (%s): its outcome is unknown, no hook runs and the connection "
+                "is discarded; look the data up before repeating the work.",
+                self.shared.name,
+                type(context.original_exception).__name__,
+            )
+
+
+class StatefulSession(Session):
+    """A session with this package's one attribute."""
+
+    _fastapi_async_sqlalchemy: SessionState
+
+
+def pending(session: Session) -> int:
+    """Count the objects that the next flush would write."""
+    if session._is_clean():  # pyright: ignore[reportPrivateUsage]  # the public sets take thirty times as long
+        return 0
+    return len(session.new) + sum(map(session.is_modified, session.dirty)) + len(session.deleted)
+
+
+def has_written(session: StatefulSession) -> bool:
+    """Whether the current transaction has sent a statement that writes, or has objects to flush."""
+    return bool(session._fastapi_async_sqlalchemy.ledger.written or pending(session))
+
+
+def held_by_owner(session: StatefulSession) -> bool:
+    """Whether user code holds the transaction: ``begin()``, a savepoint, a stream, a busy task."""
+    state = session._fastapi_async_sqlalchemy
+    if state.ledger.begun or session.in_nested_transaction():
+        return True
+    return (bool(state.streams) and state.streaming()) or state.busy()
+
+
+def note_statement(session: StatefulSession, statement: str) -> None:
+    """Record a statement that is about to be sent, unless it only reads."""
+    verb = verb_of(statement)
+    if verb not in READS:
+        ledger = session._fastapi_async_sqlalchemy.writing()
+        ledger.note_statement(statement, verb, session.get_nested_transaction())
+
+
+def task_at_work() -> asyncio.Task[Any] | None:
+    """Return the current task; None in a thread without an event loop, as of a ``def`` route."""
+    try:
+        return current_task()
+    except RuntimeError:
+        return None
+
+
+def task_name(task: asyncio.Task[Any] | None) -> str:
+    """Name a task in a message."""
+    return "code outside any task" if task is None else f"task {task.get_name()!r}"

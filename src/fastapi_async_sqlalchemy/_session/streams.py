@@ -1,0 +1,69 @@
+"""Results whose rows are still at the server: what ``stream()`` returns until it has been read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
+
+from attrs import frozen
+from sqlalchemy.engine import CursorResult, Result
+
+if TYPE_CHECKING:
+    from .state import StatefulSession
+
+_UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
+"""Dialects whose connections forget the rows that are left when another statement is sent."""
+
+
+@frozen(eq=False, repr=False)
+class Stream:
+    """One such result, held weakly: what nobody has any more will not be read."""
+
+    _held: ref[Any]
+    """The result; of a ``CursorResult``, which takes no weak reference, its context, which lives as long."""
+    _cursor: dict[str, Any]
+    """The attributes of the ``CursorResult``, which do not lead back to it."""
+    unbuffered: bool
+
+    @property
+    def unread(self) -> bool:
+        """Whether somebody has it and has not read it to its end."""
+        held = self._held()
+        if not isinstance(held, Result):
+            return held is not None and not self._exhausted
+        # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
+        return not held._soft_closed  # pyright: ignore[reportPrivateUsage]
+
+    @property
+    def between_rows(self) -> bool:
+        """Whether somebody has it and the server has more rows."""
+        return self._held() is not None and not self._exhausted
+
+    @property
+    def _exhausted(self) -> bool:
+        return bool(self._cursor.get("_soft_closed"))
+
+    def close(self) -> None:
+        """Let go of the rows that are left: some drivers will not commit over them."""
+        held = self._held()
+        if held is not None and self.unread:
+            (held if isinstance(held, Result) else held.cursor).close()
+
+
+def cursor_of(result: Result[Any]) -> CursorResult[Any] | None:
+    """Return what fetches the rows of a result; None is for one that came from memory."""
+    raw: Result[Any] = getattr(result, "raw", result)
+    return raw if isinstance(raw, CursorResult) else None
+
+
+def watch_stream(session: StatefulSession, result: Result[Any]) -> None:
+    """Remember that a result is still to be read, and which session it belongs to if that fails."""
+    cursor = cursor_of(result)
+    if cursor is None:
+        return
+    state = session._fastapi_async_sqlalchemy
+    held = cursor.context if cursor is result else result
+    stream = Stream(ref(held), vars(cursor), cursor.dialect.name in _UNBUFFERED)
+    state.streams += (stream,)
+    state.shared.connections[cursor.connection] = ref(session)
+    state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered

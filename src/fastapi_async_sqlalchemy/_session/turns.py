@@ -1,0 +1,271 @@
+"""Turns: a session serves one task at a time, and no task after its unit's end.
+
+SQLAlchemy has no event for the beginning and the end of each operation, and a refusal must come before the
+session's own state changes. So operations are overridden, and each override takes a turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import EMPTY_DICT, await_only
+
+from ..exceptions import ConcurrentUseError, PoolTimeoutError, UnexpectedRollbackError, UnitClosedError
+from .cancellation import clear_frames
+from .checkout import pool_status, remedy_for
+from .state import SessionState, StatefulSession, task_at_work, task_name
+from .streams import watch_stream
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from .state import Shared
+
+T = TypeVar("T")
+
+ENDINGS: Final = frozenset({"commit", "rollback", "close", "reset", "release"})
+"""The operations that decide a transaction, and so are not cut short."""
+_GIVES_UP: Final = frozenset({"rollback", "close", "reset", "invalidate", "release"})
+"""The operations over which a stream may be left unread."""
+_STREAM_LEFT: Final = (
+    "a stream has rows left, which would be lost (read it to its end, or `await result.close()`)"
+)
+_FLUSH_FAILED: Final = "a flush in it failed and SQLAlchemy has rolled it back"
+_OWN_LOOP: Final = (
+    "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
+    "give the other loop an engine of its own"
+)
+
+
+def take_turn(session: StatefulSession, name: str, call: Callable[[], T]) -> T:
+    """Run an operation when no other task is in the middle of one; refuse it otherwise."""
+    state = session._fastapi_async_sqlalchemy
+    task = task_at_work()
+    if (state.holder is not None or state.closed) and _reenter(state, task, name):
+        return call()
+    outer = _enter(state, session, task, name)
+    try:
+        if state.checkout is not None:
+            state.checkout.before_operation(session, name)
+        result = call()
+    except BaseException as error:
+        _translate(session, state, error)
+        raise
+    finally:
+        _leave(session, state, task, outer)
+    if state.closed and name not in ENDINGS:
+        raise UnitClosedError(state.shared.name)
+    return result
+
+
+def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one task at a time into an operation that waits for the database."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
+        return take_turn(session, name, lambda: method(session, *args, **kwargs))
+
+    return operation
+
+
+def executing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Guard ``execute``, the most frequent operation and the only one that may leave a stream unread.
+
+    Its usual call is written out: passing on ``*args, **kwargs`` costs more than the whole guard.
+    """
+    guarded = exclusive(method)
+
+    @functools.wraps(method)
+    def execute(
+        session: StatefulSession,
+        statement: Any,
+        params: Any = None,
+        *,
+        execution_options: Any = EMPTY_DICT,
+        bind_arguments: Any = None,
+        **internal: Any,
+    ) -> Any:
+        state = session._fastapi_async_sqlalchemy
+        if internal or state.holder is not None or state.closed:
+            options = {"execution_options": execution_options, "bind_arguments": bind_arguments}
+            return guarded(session, statement, params, **options, **internal)
+        task = task_at_work()
+        outer = _enter(state, session, task, "execute")
+        try:
+            if state.checkout is not None:
+                state.checkout.before_operation(session, "execute")
+            result = method(
+                session,
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+            )
+        except BaseException as error:
+            _translate(session, state, error)
+            raise
+        finally:
+            _leave(session, state, task, outer)
+        if state.closed:
+            raise UnitClosedError(state.shared.name)
+        if execution_options and "stream_results" in execution_options:
+            watch_stream(session, result)
+        return result
+
+    return execute
+
+
+def flushing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Guard ``flush``, with which nearly every other operation begins: there it costs next to nothing."""
+    guarded = exclusive(method)
+
+    @functools.wraps(method)
+    def flush(session: StatefulSession, objects: Any = None) -> None:
+        holder = session._fastapi_async_sqlalchemy.holder
+        if holder is None or holder is not task_at_work():
+            guarded(session, objects)
+        else:
+            method(session, objects)
+
+    return flush
+
+
+def cleaning(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one task at a time give the transaction up; an ended unit has nothing left to refuse."""
+    guarded = exclusive(method)
+
+    @functools.wraps(method)
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
+        closed = session._fastapi_async_sqlalchemy.closed
+        return (method if closed else guarded)(session, *args, **kwargs)
+
+    return operation
+
+
+def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a change of the session while another task uses it, or after the unit's end."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
+        state = session._fastapi_async_sqlalchemy
+        # a settlement takes what is added meanwhile along, unless it is a rollback, which would drop it
+        if state.closed or (
+            state.holder is not None and (not state.settling or state.operation == "rollback")
+        ):
+            _refuse(state, task_at_work(), name)
+        return method(session, *args, **kwargs)
+
+    return operation
+
+
+def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> bool:
+    """Let an operation call another of the same task, or wait for a settlement; refuse anything else.
+
+    Returns whether it is inside another one.
+    """
+    while state.settling and state.holder is not None and state.holder is not task:
+        await_only(state.idle())
+    _refuse(state, task, name)
+    return state.holder is not None
+
+
+def _refuse(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
+    """Refuse an operation after the unit's end, and in the middle of another task's."""
+    if state.closed:
+        raise UnitClosedError(state.shared.name)
+    if state.holder is not None and state.holder is not task:
+        raise ConcurrentUseError(
+            state.shared.name,
+            f"{task_name(task)} called {name}()",
+            f"{task_name(state.holder)} is in the middle of {state.operation}()",
+        )
+
+
+def _enter(
+    state: SessionState, session: StatefulSession, task: asyncio.Task[Any] | None, name: str
+) -> StatefulSession | None:
+    """Begin an operation; returns the session whose operation this task is in the middle of already."""
+    shared = state.shared
+    if shared.loop is not None and task is not None and task.get_loop() is not shared.loop:
+        _refuse_other_loop(shared, task, name)
+    if shared.unbuffered and name not in _GIVES_UP:
+        _refuse_between_rows(state, task, name)
+    state.holder = task
+    state.operation = name
+    outer = shared.operating.get(task)
+    shared.operating[task] = session
+    return outer
+
+
+def _leave(
+    session: StatefulSession,
+    state: SessionState,
+    task: asyncio.Task[Any] | None,
+    outer: StatefulSession | None,
+) -> None:
+    operating = state.shared.operating
+    if outer is None:
+        del operating[task]
+    else:
+        operating[task] = outer
+    if state.closed or state.waiter is not None:
+        _leave_to_others(session, state, task)
+    else:
+        state.holder = None
+    if state.checkout is not None:
+        state.checkout.after_operation(session)
+
+
+def _leave_to_others(session: StatefulSession, state: SessionState, task: asyncio.Task[Any] | None) -> None:
+    """End an operation that somebody waits for, or that its unit did not wait for."""
+    if state.closed and session.in_transaction():
+        Session.close(session)  # the unit has ended meanwhile, and left the rest to this task
+        if state.checkout is not None:
+            state.checkout.after_operation(session)
+    if state.holder is task:
+        state.holder = None
+    if state.waiter is not None:
+        state.waiter.set_result(None)
+        state.waiter = None
+
+
+def _refuse_other_loop(shared: Shared, task: asyncio.Task[Any], name: str) -> None:
+    """Refuse the connections of a loop that runs in another thread; an emptied pool has none."""
+    pools = (engine.pool for engine in shared.engines)
+    kept = any(isinstance(pool, QueuePool) and (pool.checkedin() or pool.checkedout() > 0) for pool in pools)
+    if kept and shared.loop is not None and shared.loop.is_running():
+        attempt, busy = f"{task_name(task)} called {name}()", "another running event loop has connections"
+        raise ConcurrentUseError(shared.name, attempt, busy, _OWN_LOOP)
+
+
+def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
+    """Refuse an operation over which the driver would lose the rows that a stream has left."""
+    if any(stream.between_rows for stream in state.streams):
+        attempt = f"{task_name(task)} called {name}()"
+        raise ConcurrentUseError(state.shared.name, attempt, _STREAM_LEFT)
+
+
+def _translate(session: StatefulSession, state: SessionState, error: BaseException) -> None:
+    """Raise this package's error in place of one that says less."""
+    clear_frames(error)
+    if not isinstance(error, Exception):
+        return
+    name = state.shared.name
+    if state.closed:
+        raise UnitClosedError(name) from error
+    if isinstance(error, PendingRollbackError) and state.operation == "commit" and state.ledger.failure:
+        raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
+    if isinstance(error, PoolTimeout):
+        pools = [session.get_bind().engine.pool, *(engine.pool for engine in state.shared.engines)]
+        pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
+        timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
+        remedy = remedy_for(state.outer_holds)
+        raise PoolTimeoutError(name, timeout, pool_status(pool), remedy) from error

@@ -1,0 +1,79 @@
+"""What the engines' events tell the session at work: its statements and their errors.
+
+Engines are listened to by their dialect's events alone: a listener of any other kind switches the whole
+engine to a slower path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from attrs import Factory, define
+from sqlalchemy import event
+from sqlalchemy.pool import QueuePool
+
+from .._dialects.errors import before_on_sqlite, is_transaction_lost
+from .state import Shared, note_statement, task_at_work
+from .watched import watched_class
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
+    from sqlalchemy.engine.interfaces import DBAPICursor
+    from sqlalchemy.orm import Session
+
+    from .watched import WatchedSession
+
+
+@define(eq=False, repr=False)
+class Watch(Shared):
+    """Reports the statements and errors of one database's connections to the sessions that send them."""
+
+    classes: dict[type[Session], type[WatchedSession]] = Factory(
+        dict["type[Session]", "type[WatchedSession]"]
+    )
+
+    def session_class(self, base: type[Session]) -> type[WatchedSession]:
+        """Return the watched subclass of a ``sync_session_class``."""
+        if base not in self.classes:
+            self.classes[base] = watched_class(base, self)
+        return self.classes[base]
+
+    def listen(self, engine: Engine) -> None:
+        """Listen to an engine; doing so twice is once to SQLAlchemy."""
+        self.engines.add(engine)
+        event.listen(engine, "do_execute", self._do_execute)
+        event.listen(engine, "do_executemany", self._do_execute)
+        event.listen(engine, "do_execute_no_params", self._do_execute_no_params)
+        event.listen(engine, "handle_error", self._handle_error)
+        if engine.dialect.driver == "asyncpg" and isinstance(engine.pool, QueuePool):
+            event.listen(engine, "connect", self._connected)
+
+    def _connected(self, *_: object) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    def xid(self) -> str:
+        """Name the two-phase transaction that the session at work is beginning."""
+        session = self.operating.get(task_at_work())
+        return "" if session is None else session._fastapi_async_sqlalchemy.xid
+
+    def _do_execute(
+        self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
+    ) -> None:
+        if not statement.startswith("SELECT"):
+            session = self.session_of(context.root_connection)
+            if session is not None:
+                if context.dialect.name == "sqlite":
+                    before_on_sqlite(cursor, statement, context.root_connection)
+                note_statement(session, statement)
+
+    def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
+        self._do_execute(cursor, statement, None, context)
+
+    def _handle_error(self, context: ExceptionContext) -> None:
+        session = None if context.connection is None else self.session_of(context.connection)
+        if session is not None:
+            state = session._fastapi_async_sqlalchemy
+            state.note_error(context)
+            if is_transaction_lost(context):
+                state.writing().lost = True

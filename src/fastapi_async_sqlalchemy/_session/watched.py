@@ -1,0 +1,165 @@
+"""The subclass of the user's session class: overrides, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
+from weakref import ref
+
+from sqlalchemy.orm import Session, SessionTransaction
+
+from . import turns
+from .outcome import decide_rollback, follow
+from .state import SessionState, StatefulSession, has_written, pending
+from .turns import take_turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+
+    from .state import Shared
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_CLOSED: Final = (
+    "close() on %s rolls back %d statements and %d unflushed objects, because nothing committed them: call "
+    "`await db.session.commit()` before, or leave the session for its unit to close."
+)
+_GUARDS: Final[tuple[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], tuple[str, ...]], ...]] = (
+    (turns.executing, ("execute",)),
+    (
+        turns.exclusive,
+        (
+            *("exec", "scalar", "scalars", "get", "get_one", "refresh", "merge", "merge_all", "delete"),
+            *("delete_all", "commit", "prepare", "connection", "begin", "begin_nested"),
+            *("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
+        ),
+    ),
+    (turns.cleaning, ("rollback", "close", "reset", "invalidate")),
+    (turns.flushing, ("flush",)),
+    (turns.in_memory, ("add", "add_all")),
+)
+
+
+class WatchedSession(StatefulSession):
+    """A session that serves one task at a time, and none after its unit's end."""
+
+    def rollback(self) -> None:
+        """Roll back; lifts every mark that forbids COMMIT."""
+        decide_rollback(self, lifts_marks=True)
+        super().rollback()
+
+    def close(self) -> None:
+        """Close for good once the unit has ended; before that, begin afresh, as is SQLAlchemy's default."""
+        if self._fastapi_async_sqlalchemy.closed:
+            super().close()
+        else:
+            self.reset()
+
+    def reset(self) -> None:
+        """Begin afresh; whoever closes a session that a unit owns may not know what that costs."""
+        state = self._fastapi_async_sqlalchemy
+        if has_written(self):
+            logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
+        decide_rollback(self)
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Discard the connections, and begin afresh unless the unit has ended."""
+        if self._fastapi_async_sqlalchemy.closed:
+            super().invalidate()
+            return
+        decide_rollback(self)
+        transaction = self.get_nested_transaction() or self.get_transaction()
+        while transaction is not None:
+            ended, transaction = transaction, transaction.parent
+            ended.close(invalidate=True)
+        super().reset()
+
+    def connection(
+        self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
+    ) -> Connection:
+        """Return the connection, and remember that it may be used without calling this session."""
+        state = self._fastapi_async_sqlalchemy
+        connect = partial(super().connection, bind_arguments, execution_options)
+        if state.checkout is None:
+            connection = connect()
+        else:
+            bind = self.get_bind(**(bind_arguments or {}))
+            connection = state.checkout.connect(bind, connect, state.outer_holds)
+        state.shared.connections[connection] = ref(self)
+        state.exposed = True
+        return connection
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """Begin a transaction that the caller ends; SQLAlchemy does so without calling this session."""
+        transaction = super().begin(nested)
+        transaction.__class__ = OwnedTransaction
+        if not nested:  # what a savepoint begins around itself belongs to nobody
+            self._fastapi_async_sqlalchemy.writing().begun = True
+        return transaction
+
+    def __del__(self) -> None:
+        inherited = getattr(super(), "__del__", None)
+        if inherited is not None:
+            inherited()
+        state = self.__dict__.get("_fastapi_async_sqlalchemy")
+        if state is not None and not state.closed and hasattr(self, "hash_key") and self.in_transaction():
+            warnings.warn(
+                f"A session of {state.shared.name} was garbage-collected with its transaction open: "
+                "leave the unit of work, `async with db():`, before dropping it.",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+
+class OwnedTransaction(SessionTransaction):
+    """A transaction or savepoint that user code ends itself: that takes a turn of its session, too."""
+
+    def commit(self, *args: Any, **kwargs: Any) -> None:
+        """Commit, or release the savepoint."""
+        session = self._owner()
+        if session is None:
+            super().commit(*args, **kwargs)
+            return
+        end = partial(super().commit, *args, **kwargs)
+        take_turn(session, "commit", partial(self._commit, session, end))
+
+    def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
+        if self.parent is None:  # savepoints first, so that the event of the root's COMMIT is told apart
+            while (savepoint := session.get_nested_transaction()) is not None:
+                savepoint.commit()
+        end()
+
+    def rollback(self, *args: Any, **kwargs: Any) -> None:
+        """Roll back, to the savepoint if it is one."""
+        session = self._owner()
+        end = partial(super().rollback, *args, **kwargs)
+        if session is None:
+            end()
+        else:
+            take_turn(session, "rollback", end)
+
+    def _owner(self) -> StatefulSession | None:
+        return cast("StatefulSession | None", self.session)  # SQLAlchemy drops it at the end
+
+
+def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
+    """Make the subclass of a session class for the sessions of one database."""
+
+    def __init__(self: WatchedSession, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class below
+        self._fastapi_async_sqlalchemy = SessionState(shared)
+        super(watched, self).__init__(*args, **kwargs)
+
+    members = {"__init__": __init__, "__module__": base.__module__, "__doc__": base.__doc__}
+    watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
+    for guard, names in _GUARDS:
+        for name in names:
+            if hasattr(watched, name):
+                setattr(watched, name, guard(getattr(watched, name)))
+    follow(watched)
+    return cast("type[WatchedSession]", watched)

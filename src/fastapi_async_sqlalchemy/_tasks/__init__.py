@@ -1,0 +1,1 @@
+"""Units for tasks and functions."""

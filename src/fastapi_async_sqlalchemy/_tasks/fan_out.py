@@ -1,0 +1,295 @@
+"""Many tasks, each in a unit of work of its own: fan-out, task groups, connections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from attrs import Factory, define, evolve
+
+from .._arguments.checks import boolean, optional_count, shown
+from .._session.cancellation import to_completion
+from .._session.checkout import limits_of
+from .._unit.database import S_co
+from .._unit.place import open_unit
+from .._unit.scope import UnitScope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from contextlib import AbstractAsyncContextManager
+    from contextvars import ContextVar
+    from types import TracebackType
+
+    from .._arguments.keywords import SessionArgs
+    from .._unit.database import UnitConfig
+    from .._unit.place import Handle, Place
+
+T = TypeVar("T")
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+@define(eq=False, repr=False)
+class Children(Generic[S_co]):
+    """How the units of child tasks are made: as the call says, else as the current unit is."""
+
+    config: UnitConfig[S_co]
+    current: ContextVar[Place[S_co]]
+
+    def scope(self) -> UnitScope[S_co]:
+        """Return a new unit."""
+        return UnitScope(self.config, self.current)
+
+    async def run(self, coroutine: Coroutine[Any, Any, T], places: AbstractAsyncContextManager[Any]) -> T:
+        """Await a coroutine in a unit of its own, when it is its turn."""
+        async with places, self.scope():
+            return await coroutine
+
+
+def _children_of(
+    handle: Handle[S_co],
+    commit_on_exit: bool | None,  # noqa: FBT001  # three values
+    session_args: object,
+) -> Children[S_co]:
+    """Look at the current unit; raises ``SessionNotInitialisedError`` before there is an engine."""
+    database, current = handle._database, handle._current
+    if commit_on_exit is not None:
+        boolean("commit_on_exit", commit_on_exit)
+    _ = database.engine
+    found = open_unit(current)
+    config = database.configs[False] if found is None else found._config
+    if config.settings.twophase:  # they end on their own
+        config = evolve(config, make=None, settings=database.settings)
+    if session_args is not None:
+        config = evolve(config, make=database.maker(session_args, config.settings))
+    if commit_on_exit is not None:
+        config = evolve(config, commit_on_exit=commit_on_exit)
+    return Children(config, current)
+
+
+def _places(max_concurrent: int | None) -> AbstractAsyncContextManager[Any]:
+    return nullcontext() if max_concurrent is None else asyncio.Semaphore(max_concurrent)
+
+
+def coroutines_of(values: Iterable[object]) -> list[Coroutine[Any, Any, Any]]:
+    """Return coroutines, checked; what was given is closed where something else is among it."""
+    given = list(values)
+    wrong = [value for value in given if not isinstance(value, Coroutine)]
+    found: list[Coroutine[Any, Any, Any]] = [value for value in given if isinstance(value, Coroutine)]
+    if wrong:
+        close(found)
+        message = f"each argument must be a coroutine, as work() is of an `async def`, not {shown(wrong[0])}."
+        raise TypeError(message)
+    if len({id(coroutine) for coroutine in found}) < len(found):
+        close(found)
+        message = "each coroutine runs once, and one was given twice: call its function again for the second."
+        raise TypeError(message)
+    return found
+
+
+def close(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Let no coroutine go un-awaited without a word; one that has run is closed already."""
+    for coroutine in coroutines:
+        coroutine.close()
+
+
+async def gather(
+    children: Children[Any],
+    coroutines: list[Coroutine[Any, Any, Any]],
+    max_concurrent: int | None,
+    *,
+    return_exceptions: bool,
+) -> list[Any]:
+    """Run each coroutine in a task and a unit of its own; returns the results in order.
+
+    The first error cancels the others, waits until their units are settled, and goes on.
+    """
+    places = _places(max_concurrent)
+    tasks = [asyncio.ensure_future(children.run(coroutine, places)) for coroutine in coroutines]
+    try:
+        await _all_or_first_error(tasks, return_exceptions=return_exceptions)
+        errors = [_error(task) for task in tasks]
+        failed = [error for error in errors if error is not None]
+        if failed and not return_exceptions:
+            for other in failed[1:]:
+                logger.error("Another coroutine of the same gather() failed, too", exc_info=other)
+            raise failed[0]
+        return [task.result() if error is None else error for task, error in zip(tasks, errors, strict=True)]
+    finally:
+        try:
+            await _end(tasks)
+        finally:
+            close(coroutines)
+
+
+async def _all_or_first_error(tasks: list[asyncio.Task[Any]], *, return_exceptions: bool) -> None:
+    enough, left = asyncio.get_running_loop().create_future(), len(tasks)
+
+    def ended(task: asyncio.Task[Any]) -> None:
+        nonlocal left
+        left -= 1
+        stop = left == 0 or (not return_exceptions and _error(task) is not None)
+        if stop and not enough.done():
+            enough.set_result(None)
+
+    for task in tasks:
+        task.add_done_callback(ended)
+    if tasks:
+        await enough
+
+
+class Closing(Coroutine[Any, Any, T]):
+    """A coroutine that closes others if it is given up before it begins."""
+
+    __slots__ = ("_inner", "_others")
+
+    def __init__(self, inner: Coroutine[Any, Any, T], others: Iterable[Coroutine[Any, Any, Any]]) -> None:
+        self._inner, self._others = inner, others
+
+    def send(self, value: Any) -> Any:
+        """Go on."""
+        return self._inner.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Go on with an error, in which it may end."""
+        try:
+            return self._inner.throw(*error)
+        except BaseException:
+            close(self._others)
+            raise
+
+    def close(self) -> None:
+        """Give up."""
+        self._inner.close()
+        close(self._others)
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._inner.__await__()
+
+
+def _error(task: asyncio.Task[Any]) -> BaseException | None:
+    """Return the error of a task that has ended with one."""
+    if not task.done():
+        return None
+    return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel what still runs and wait until its unit is settled."""
+    running = [task for task in tasks if task.cancel()]
+    if running:
+        await to_completion(_all_done(running))
+
+
+async def _all_done(tasks: list[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s failed while it was cancelled", task, exc_info=error)
+
+
+@define(eq=False, repr=False)
+class UnitTaskGroup(Generic[S_co]):
+    """What ``db.task_group()`` returns: on ``asyncio.TaskGroup``, each task in a unit of work of its own."""
+
+    _children: Callable[[], Children[S_co]]
+    _max_concurrent: int | None
+    _group: asyncio.TaskGroup = Factory(asyncio.TaskGroup)
+    _entered: tuple[Children[S_co], AbstractAsyncContextManager[Any]] | None = None
+
+    async def __aenter__(self) -> Self:
+        children = self._children()
+        await self._group.__aenter__()
+        self._entered = children, _places(self._max_concurrent)
+        return self
+
+    def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
+        """Start a coroutine in a task and a unit of its own, committed or rolled back with its outcome."""
+        coroutines_of([coroutine])
+        if self._entered is None:
+            coroutine.close()
+            message = "enter the group first: `async with db.task_group() as tasks:`."
+            raise RuntimeError(message)
+        children, places = self._entered
+        running = children.run(coroutine, places)
+        try:
+            task = self._group.create_task(running, name=name)
+        except BaseException:
+            running.close()
+            coroutine.close()
+            raise
+        task.add_done_callback(lambda _: coroutine.close())
+        return task
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._group.__aexit__(kind, error, trace)
+
+
+@define(eq=False, repr=False)
+class Connection(Generic[S_co]):
+    """What ``db.connection()`` returns: a unit of work whose connection is checked out on entry."""
+
+    scope: UnitScope[S_co]
+
+    async def __aenter__(self) -> S_co:
+        unit = await self.scope.__aenter__()
+        try:
+            await unit.session.connection()
+        except BaseException as error:
+            await self.scope.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return unit.session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.scope.__aexit__(kind, error, trace)
+
+
+def open_connection(
+    handle: Handle[S_co],
+    timeout: float | None,
+    commit_on_exit: bool | None,  # noqa: FBT001  # three values
+) -> Connection[S_co]:
+    """Return the block that ``db.connection()`` asks for."""
+    children = _children_of(handle, commit_on_exit, None)
+    limits = limits_of("timeout", timeout, None, children.config.limits)
+    return Connection(UnitScope(evolve(children.config, limits=limits), children.current))
+
+
+def gather_in_units(
+    handle: Handle[Any],
+    coroutines: tuple[Coroutine[Any, Any, Any], ...],
+    *,
+    return_exceptions: bool,
+    max_concurrent: int | None,
+    commit_on_exit: bool | None,
+    session_args: SessionArgs | None,
+) -> Coroutine[Any, Any, Any]:
+    """Return the coroutine that ``db.gather()`` asks for."""
+    found = coroutines_of(coroutines)
+    try:
+        places = optional_count("max_concurrent", max_concurrent)
+        boolean("return_exceptions", return_exceptions)
+        children = _children_of(handle, commit_on_exit, session_args)
+    except BaseException:
+        close(found)
+        raise
+    return Closing(gather(children, found, places, return_exceptions=return_exceptions), found)
+
+
+def open_task_group(
+    handle: Handle[S_co],
+    max_concurrent: int | None,
+    commit_on_exit: bool | None,  # noqa: FBT001  # three values
+    session_args: SessionArgs | None,
+) -> UnitTaskGroup[S_co]:
+    """Return the group that ``db.task_group()`` asks for."""
+    places = optional_count("max_concurrent", max_concurrent)
+    _children_of(handle, commit_on_exit, session_args)  # refuses what is wrong now
+    return UnitTaskGroup(lambda: _children_of(handle, commit_on_exit, session_args), places)

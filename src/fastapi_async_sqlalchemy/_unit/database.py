@@ -1,0 +1,219 @@
+"""One database: its engine, who owns it, and how its sessions are made."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Generic, cast
+
+from attrs import Factory, define
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from typing_extensions import TypeVar
+
+from .._arguments.engines import place_of
+from .._arguments.keywords import session_arguments
+from .._dialects.begin import PLAIN, engine_for
+from .._session.watch import Watch
+from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
+from .settings import refuse_flush
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from weakref import ref
+
+    from .._dialects.begin import TransactionSettings
+    from .._session.checkout import Limits
+
+S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
+
+
+@define(eq=False, repr=False)
+class Database(Generic[S_co]):
+    """One database of a pair: unbound at first, then bound to one engine at a time.
+
+    Who binds an engine ends its use: an engine that was made here is disposed then, a caller's never.
+    """
+
+    _declared: type[S_co] | None
+    settings: TransactionSettings = PLAIN
+    """What the transactions of its units have where nothing else is asked."""
+    _engine: AsyncEngine | None = None
+    _live: bool = False
+    _session_args: dict[str, Any] = Factory(dict[str, Any])
+    _make: Callable[[], S_co] | None = None
+    _variants: dict[TransactionSettings, Callable[[], S_co]] = Factory(
+        dict["TransactionSettings", "Callable[[], S_co]"]
+    )
+    """What makes sessions whose transactions have other settings, made when first asked for."""
+    _watch: Watch = Factory(lambda self: Watch(self._label()), takes_self=True)
+    configs: tuple[UnitConfig[S_co], UnitConfig[S_co]] = Factory(
+        lambda self: (UnitConfig(self, self.settings), UnitConfig(self, self.settings, commit_on_exit=True)),
+        takes_self=True,
+    )
+    """Those of units that ask for nothing else, without `commit_on_exit` and with it."""
+    asked: ContextVar[ref[asyncio.Task[Any]] | None] = Factory(
+        lambda: ContextVar["ref[asyncio.Task[Any]] | None"]("fastapi_async_sqlalchemy.asked", default=None)
+    )
+    """The task here that has asked for a unit of its own, as threads have it with its context.
+
+    One for all blocks: a context keeps its variables for good.
+    """
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name}{'' if self.connected else ', no engine'}>"
+
+    @property
+    def name(self) -> str:
+        """The database, as messages name it: never with its user, password or query."""
+        return self._watch.name
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is an engine."""
+        return self._engine is not None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine; ``SessionNotInitialisedError`` before there is one."""
+        if self._engine is None:
+            raise SessionNotInitialisedError(self.name)
+        return self._engine
+
+    def bind(self, engine: AsyncEngine, session_args: object = None) -> None:
+        """Take an engine into use, with the arguments of its sessions.
+
+        Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
+        arguments that make no session.
+        """
+        if self._live and engine is not self._engine:
+            raise EngineAlreadyBoundError(self.name)
+        arguments = session_arguments(session_args)
+        self._make = self._maker(engine, arguments, self.settings)
+        self._engine, self._live, self._session_args = engine, True, arguments
+        self._variants.clear()
+        self._watch.name = self._label()
+        self._watch.listen(engine.sync_engine)
+
+    async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
+        """End an engine's use: dispose it if it was made here; another one may be bound then."""
+        if engine is self._engine:
+            self._live = False
+        if owned:
+            await engine.dispose()
+
+    def unbind(self) -> None:
+        """Forget the engine."""
+        self._engine, self._live, self._make = None, False, None
+        self._variants.clear()
+        self._watch.name = self._label()
+
+    def new_session(self) -> S_co:
+        """Make a session; nothing is sent to the database."""
+        if self._make is None:
+            raise SessionNotInitialisedError(self.name)
+        return self._make()
+
+    def maker(
+        self, session_args: object, settings: TransactionSettings, engine: AsyncEngine | None = None
+    ) -> Callable[[], S_co]:
+        """Return what makes sessions with arguments added to the database's own, and with settings.
+
+        On another engine than its own, if one is given.
+        """
+        if session_args is None and engine is None:
+            if settings not in self._variants:
+                self._variants[settings] = self._maker(self.engine, self._session_args, settings)
+            return self._variants[settings]
+        if engine is not None:
+            self._watch.listen(engine.sync_engine)
+        arguments = self._session_args | session_arguments(session_args)
+        return self._maker(engine or self.engine, arguments, settings)
+
+    def check(self, engine: AsyncEngine, session_args: object) -> None:
+        """Raise ``ConfigurationError`` for what ``bind()`` would refuse."""
+        self._maker(engine, session_arguments(session_args), self.settings)
+
+    def _maker(
+        self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
+    ) -> Callable[[], S_co]:
+        """Return what makes a session, tried once so that a wrong argument shows now."""
+        keywords: dict[str, Any] = {"expire_on_commit": False, **arguments, "close_resets_only": False}
+        class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
+        keywords["sync_session_class"] = self._watch.session_class(
+            keywords.get("sync_session_class") or class_.sync_session_class
+        )
+        binds: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
+        for bind in binds.values():
+            self._watch.listen((bind.engine if isinstance(bind, AsyncConnection) else bind).sync_engine)
+        if settings.twophase:
+            keywords["twophase"] = True
+            if binds:
+                message = (
+                    "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
+                )
+                raise ConfigurationError(message)
+        if settings.read_only and keywords.get("twophase") and engine.dialect.name != "postgresql":
+            message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
+            raise ConfigurationError(message)
+        if settings is not PLAIN:
+            engine = engine_for(engine, settings, self._watch.xid)
+            keywords["binds"] = {
+                key: engine_for(_engine(bind), settings, self._watch.xid) for key, bind in binds.items()
+            }
+        make = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
+        try:
+            make()
+        except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
+            message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
+            raise ConfigurationError(message) from error
+        return functools.partial(self._read_only, make) if settings.read_only else make
+
+    def _read_only(self, make: Callable[[], S_co]) -> S_co:
+        session = make()
+        refuse_flush(self.name, session.sync_session)
+        return session
+
+    def _label(self) -> str:
+        kind = self._declared.__name__ if self._declared is not None else "the default database"
+        if self._engine is None:
+            return kind
+        return f"{kind} ({place_of(self._engine.url)})"
+
+
+@define(eq=False, repr=False)
+class UnitConfig(Generic[S_co]):
+    """How units of work are opened; shared by all that are opened alike, and never changed."""
+
+    database: Database[S_co]
+    settings: TransactionSettings
+    make: Callable[[], S_co] | None = None
+    """What makes their sessions, if not the database's own maker of the moment."""
+    limits: Limits | None = None
+    commit_on_exit: bool = False
+    """What their ends do, and the units of their child tasks, unless they are told otherwise."""
+
+
+def _engine(bind: AsyncEngine | AsyncConnection) -> AsyncEngine:
+    """Return an engine of ``binds``; a connection is the caller's, and has begun as it has."""
+    if isinstance(bind, AsyncConnection):
+        message = (
+            "session_args['binds'] holds a connection, whose transactions are its owner's: give an engine, "
+            "or leave read_only, isolation_level and deferrable out."
+        )
+        raise ConfigurationError(message)
+    return bind
+
+
+def default_session_class() -> type[AsyncSession]:
+    """Return SQLModel's session class where SQLModel is installed, else SQLAlchemy's.
+
+    Looked up when an engine is bound, not at import: SQLModel is slow to import.
+    """
+    if importlib.util.find_spec("sqlmodel") is None:
+        return AsyncSession
+    from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # see above
+
+    return SQLModelSession

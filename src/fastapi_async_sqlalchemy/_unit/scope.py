@@ -1,0 +1,149 @@
+"""``async with``: a new unit of work, one that is joined, or a savepoint of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic
+
+from attrs import define, field
+
+from .._session.hooks import JOINED
+from ..exceptions import PropagationError, SessionNotInitialisedError, UnitClosedError
+from .database import Database, S_co, UnitConfig
+from .place import Place, leave, open_unit
+from .settling import Decision, abandon, finish, finish_idle
+from .unit import UnitOfWork
+
+if TYPE_CHECKING:
+    from contextvars import ContextVar
+    from types import TracebackType
+
+    from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+
+    from .._arguments.checks import Propagation
+
+
+@define(eq=False, repr=False)
+class OneUse:
+    """An async context manager that serves one use."""
+
+    _entered: bool = field(default=False, init=False)
+
+    def _enter_once(self, database: str, opening: str | None = None) -> None:
+        """Raise ``UnitClosedError`` the second time."""
+        if self._entered:
+            raise UnitClosedError(database, opening)
+        self._entered = True
+
+    def _require_entered(self, database: str) -> None:
+        """Raise ``UnitClosedError`` where a block is left that was never entered."""
+        if not self._entered:
+            raise UnitClosedError(database)
+
+
+@define(eq=False, repr=False)
+class UnitScope(OneUse, Generic[S_co]):
+    """What ``db(...)`` returns: opens, binds and ends one unit of work."""
+
+    config: UnitConfig[S_co]
+    current: ContextVar[Place[S_co]]
+    unit: UnitOfWork[S_co] | None = None
+
+    @property
+    def database(self) -> Database[S_co]:
+        """The database of the unit."""
+        return self.config.database
+
+    async def __aenter__(self) -> UnitOfWork[S_co]:
+        database = self.config.database
+        if not database.connected and not self._entered:
+            raise SessionNotInitialisedError(database.name)
+        self._enter_once(database.name)
+        self.unit = unit = UnitOfWork(self.current.get(), config=self.config)
+        self.current.set(unit)
+        return unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        unit = self.unit
+        if unit is None:
+            raise UnitClosedError(self.database.name)
+        outer = unit._outer
+        try:
+            if error is not None:
+                await abandon(unit)
+            elif not finish_idle(unit):
+                await finish(unit, Decision.of_exit(commit_on_exit=self.config.commit_on_exit))
+        finally:
+            # generators may be closed in any order: an outer unit that has ended is passed over and dropped
+            while isinstance(outer, UnitOfWork) and outer.closed and outer._scope is None:
+                outer = outer._outer
+            unit._outer = outer
+            if outer is not None:
+                leave(self.current, unit, outer)
+
+
+@define(eq=False, repr=False)
+class PropagatingScope(OneUse, Generic[S_co]):
+    """What ``db(propagation=...)`` returns for anything but a new unit: it joins one, or opens one.
+
+    The unit that it joins is another block's to commit and to close.
+    """
+
+    new: UnitScope[S_co]
+    propagation: Propagation
+    has_session_args: bool
+    joined: UnitOfWork[S_co] | None = None
+    savepoint: AsyncSessionTransaction | None = None
+
+    def joins(self) -> UnitOfWork[S_co] | None:
+        """Return the open unit that the block would join here, if any; raises ``PropagationError``."""
+        if self.propagation == "requires_new":
+            return None
+        name, found = self.new.database.name, open_unit(self.new.current)
+        if found is None:
+            if self.propagation == "mandatory":
+                raise PropagationError(
+                    name,
+                    "propagation='mandatory' joins a unit of work, and none is open here",
+                    "open one around the call, or use 'required'",
+                )
+            return None
+        if self.propagation == "never":
+            raise PropagationError(
+                name,
+                "propagation='never' must not run inside a unit of work, and one is open here",
+                "call it where none is, or use 'requires_new'",
+            )
+        self._agree(name, found)
+        return found
+
+    def _agree(self, name: str, found: UnitOfWork[S_co]) -> None:
+        conflict = self.new.config.settings.conflict(found._config.settings)
+        if self.has_session_args:
+            conflict = "session_args were given for a session that is another block's"
+        if self.new.config.limits is not None:
+            conflict = "pool_timeout was given for a connection that is another block's"
+        if conflict is not None:
+            remedy = "leave that out, or use propagation='requires_new'"
+            raise PropagationError(name, conflict, remedy)
+
+    async def __aenter__(self) -> UnitOfWork[S_co]:
+        self._enter_once(self.new.database.name)
+        self.joined = self.joins()
+        if self.joined is None:
+            return await self.new.__aenter__()
+        if self.propagation == "nested":
+            self.savepoint = self.joined.savepoint()
+            await self.savepoint.__aenter__()
+        return self.joined
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.joined is None:
+            await self.new.__aexit__(kind, error, trace)
+        elif self.savepoint is not None:
+            await self.savepoint.__aexit__(kind, error, trace)
+        elif error is not None and not self.joined.closed:
+            self.joined._mark_rollback_only(JOINED, error)

@@ -1,0 +1,267 @@
+"""The unit of work, as its users hold it: its session, its outcome by name, savepoints and hooks."""
+
+from __future__ import annotations
+
+import inspect
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from attrs import define, field
+from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+from sqlalchemy.orm import SessionTransaction
+
+from .._arguments.checks import shown
+from .._session.checkout import Checkout
+from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
+from ..exceptions import TransactionBegunError, UnitClosedError
+from .database import S_co
+from .place import Place, around
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import Session
+    from starlette.types import Scope
+
+    from .._session.hooks import BeginHook, Hook
+    from .._session.state import StatefulSession
+    from .database import Database, UnitConfig
+
+
+class Phase(Enum):
+    """Where a unit is in its life."""
+
+    FRESH = auto()
+    OPEN = auto()
+    """It has a session."""
+    CLOSED = auto()
+
+
+@define(eq=False, repr=False, weakref_slot=False)
+class UnitOfWork(Place[S_co]):
+    """Owns at most one session and settles its transactions.
+
+    Opened by the middleware for each request, or by ``async with db() as unit:``; closed for good when
+    the request, or the block, ends. Later use raises ``UnitClosedError``.
+    ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
+    """
+
+    _config: UnitConfig[S_co] = field(kw_only=True)
+    _scope: Scope | None = field(default=None, kw_only=True)
+    """The ASGI scope of the request that it belongs to."""
+    _watched: StatefulSession | None = field(default=None, init=False)
+    """The synchronous side of the opened session, which carries its state."""
+    _phase: Phase = field(default=Phase.FRESH, init=False)
+    _hooks: Hooks | None = field(default=None, init=False)
+    """Made with the session, so that whoever has hooks has a session."""
+    _info: dict[str, Any] | None = field(default=None, init=False)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the unit has ended."""
+        return self._phase is Phase.CLOSED
+
+    @property
+    def session(self) -> S_co:
+        """The unit's session, made on first use; a connection is checked out by its first statement."""
+        return self._open() if self.opened is None else self.opened
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """A dictionary for the caller's own notes, kept as long as the unit."""
+        if self._info is None:
+            self._info = {}
+        return self._info
+
+    async def commit(self) -> None:
+        """Commit, give the connection back and run the ``on_commit`` hooks.
+
+        The objects stay readable; the next statement begins the next transaction.
+        """
+        session, hooks = self.session, self._hooks
+        if hooks is not None and not session.in_transaction():
+            hooks.refuse_commit()
+            await hooks.before_commit()
+            hooks.refuse_commit()
+        if session.in_transaction():
+            await session.commit()
+        elif hooks is not None:
+            await hooks.settled(committed=True)
+
+    async def rollback(self) -> None:
+        """Roll back, give the connection back and run the ``on_rollback`` hooks.
+
+        Lifts what had made the unit rollback-only, too.
+        """
+        session = self.session
+        if session.in_transaction():
+            await session.rollback()
+        elif self._hooks is not None:
+            await self._hooks.settled(committed=False)
+
+    def savepoint(self) -> AsyncSessionTransaction:
+        """Return a SAVEPOINT for ``async with``: an error that leaves the block undoes the block alone.
+
+        So does a flush that failed: where its error was swallowed in the block, the end of the block raises
+        SQLAlchemy's ``PendingRollbackError``.
+        """
+        return Savepoint(self.session, nested=True)
+
+    def on_commit(self, hook: Hook) -> None:
+        """Register what runs after the next COMMIT, with no connection held.
+
+        Hooks run in order; an error in one is logged and does not stop the others. One that was
+        registered inside a savepoint is dropped when the savepoint is rolled back. None runs when the
+        outcome of COMMIT is unknown. A hook may use the unit's session, or open a unit of its own; only
+        the latter where ``async with session.begin():`` committed.
+        """
+        self._register(hook, on_commit=True)
+
+    def on_rollback(self, hook: Hook) -> None:
+        """Register what runs after the next ROLLBACK, with no connection held; else as ``on_commit``."""
+        self._register(hook, on_commit=False)
+
+    def before_commit(self, hook: Hook) -> None:
+        """Register what runs before the next COMMIT, inside its transaction, and may write.
+
+        An error in it stops the COMMIT and goes on to whoever asked for that. Else as ``on_commit``.
+        """
+        _require_function(hook)
+        hooks, registered = self._own_hooks(), RegisteredHook(run=hook, on_commit=True)
+        hooks.before.append(registered)
+        hooks.share_fate(registered, self._savepoint())
+
+    def on_begin(self, hook: BeginHook) -> None:
+        """Register what runs at the beginning of each transaction of the unit, before its first statement.
+
+        ``hook`` is a plain function; it gets SQLAlchemy's synchronous ``Connection``, whose ``execute()``
+        it calls without awaiting. An error in it stops the statement, and the connection is discarded.
+        Raises ``TransactionBegunError`` in the middle of a transaction; objects that were only added, and not
+        flushed, have not begun one.
+        """
+        _require_function(hook)
+        if inspect.iscoroutinefunction(hook):
+            message = f"an on_begin hook must be a plain function of a Connection, not {shown(hook)}."
+            raise TypeError(message)
+        if _begun(self.session.sync_session):
+            remedy = (
+                "call on_begin() before the unit's first statement, or after `await db.unit.commit()` or "
+                "`await db.unit.rollback()`"
+            )
+            raise TransactionBegunError(self._database.name, remedy)
+        self._own_hooks().begin.append(hook)
+
+    def set_rollback_only(self) -> None:
+        """Have the transaction rolled back where the unit would commit it by itself.
+
+        A COMMIT that is asked for by name raises ``UnexpectedRollbackError``. ``rollback()`` lifts it, and
+        so does the rollback of the savepoint that it was called in.
+        """
+        self._mark_rollback_only(ROLLBACK_ONLY, None)
+
+    @property
+    def _database(self) -> Database[S_co]:
+        """The database that the unit is of."""
+        return self._config.database
+
+    def _here(self) -> Self:
+        return self
+
+    def _belongs_to(self, scope: Scope) -> bool:
+        """Whether this is the unit of a request, also where a middleware has copied the scope since."""
+        own = self._scope
+        if own is None or own is scope:
+            return own is not None
+        version = own.get("asgi")  # a dictionary of each request's own, which copies share and nobody changes
+        return version is not None and version is scope.get("asgi")
+
+    def _open(self) -> S_co:
+        """Make the session."""
+        if self._phase is Phase.CLOSED:
+            raise UnitClosedError(self._database.name)
+        config = self._config
+        make = config.make or config.database.new_session
+        self.opened = opened = make()
+        self._phase = Phase.OPEN
+        self._watched = cast("StatefulSession", opened.sync_session)
+        state = self._watched._fastapi_async_sqlalchemy
+        if config.limits is not None:
+            state.checkout = Checkout(config.database.name, config.limits)
+        if isinstance(self._outer, UnitOfWork):
+            state.outer_holds = self._outer_holds
+        return opened
+
+    def _register(self, hook: Hook, *, on_commit: bool) -> None:
+        _require_function(hook)
+        hooks, registered = self._own_hooks(), RegisteredHook(run=hook, on_commit=on_commit)
+        hooks.after.append(registered)
+        hooks.share_fate(registered, self._savepoint())
+
+    def _mark_rollback_only(self, reason: str, cause: BaseException | None) -> None:
+        """Let the transaction, or the current savepoint, only be rolled back."""
+        hooks, mark = self._own_hooks(), RollbackMark(reason=reason, cause=cause)
+        hooks.marks.append(mark)
+        hooks.share_fate(mark, self._savepoint())
+
+    def _own_hooks(self) -> Hooks:
+        """Return the unit's hooks, made with its session."""
+        if self.opened is None:
+            self._open()
+        watched = self._watched
+        if self._hooks is None and watched is not None:
+            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name)
+        return cast("Hooks", self._hooks)
+
+    def _savepoint(self) -> SessionTransaction | None:
+        """Return the current savepoint, whose fate is shared by what is registered now."""
+        return None if self._watched is None else self._watched.get_nested_transaction()
+
+    def _outer_holds(self) -> bool:
+        """Whether a unit around this one holds a connection."""
+        units = (unit for unit in around(self._outer) if isinstance(unit, UnitOfWork))
+        return any(unit._watched is not None and unit._watched.in_transaction() for unit in units)
+
+    def __repr__(self) -> str:
+        if self.closed:
+            state = "closed"
+        elif self.opened is None:
+            state = "no session yet"
+        else:
+            state = "in a transaction" if self.opened.in_transaction() else "no transaction"
+        return f"<UnitOfWork of {self._database.name}: {state}>"
+
+
+class Savepoint(AsyncSessionTransaction):
+    """A savepoint whose block does not end well once a flush in it has failed.
+
+    SQLAlchemy rolls back to the savepoint then, and its own block closes it without a word.
+    """
+
+    async def __aexit__(
+        self, type_: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        own = self.sync_transaction
+        current = own is not None and own is self.session.sync_session.get_nested_transaction()
+        if type_ is None and own is not None and current and not own.is_active:
+            try:
+                SessionTransaction.commit(own)  # raises the error of the flush, and sends nothing
+            except PendingRollbackError as error:
+                await super().__aexit__(type(error), error, error.__traceback__)
+                raise
+        await super().__aexit__(type_, value, traceback)
+
+
+def _require_function(hook: object) -> None:
+    if not callable(hook):
+        message = f"a hook must be a function, not {shown(hook)}."
+        raise TypeError(message)
+
+
+def _begun(session: Session) -> bool:
+    """Whether the current transaction has begun on a connection, or has a savepoint, which may be undone."""
+    transaction = session.get_transaction()
+    if transaction is None:
+        return False
+    begun = transaction._connections  # pyright: ignore[reportPrivateUsage]  # `connections` is new in 2.1.7
+    return bool(begun) or session.in_nested_transaction()

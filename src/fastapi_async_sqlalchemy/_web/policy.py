@@ -1,0 +1,55 @@
+"""What a response decides: commit, roll back, or neither."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from attrs import frozen
+
+from .._arguments.checks import boolean, shown
+from .._unit.settling import Decision
+from ..exceptions import ConfigurationError
+
+CommitWhen: TypeAlias = Callable[[int, BaseException | None], bool]
+"""A caller's own rule: the response's status and the exception being handled in, commit or not out."""
+
+
+@frozen(kw_only=True)
+class CommitPolicy:
+    """What a response decides about its transaction."""
+
+    commit_on_exit: bool
+    commit_when: CommitWhen | None
+
+    def response(self, status: int, exception: BaseException | None) -> Decision:
+        """Decide when the response starts."""
+        if self.commit_when is not None:
+            commits = boolean("what commit_when returns", self.commit_when(status, exception))
+            return Decision.COMMIT if commits else Decision.ROLLBACK
+        if status >= _ERROR_STATUS or exception is not None:
+            return Decision.ROLLBACK
+        return Decision.of_exit(commit_on_exit=self.commit_on_exit)
+
+    def tail(self, standing: Decision | None, *, complete: bool) -> Decision:
+        """Decide when the application has returned, unless a decision of the response's start stands.
+
+        A response that is not complete is no success: the client has left, or the application gave up.
+        """
+        decision = standing or Decision.of_exit(commit_on_exit=self.commit_on_exit)
+        return decision if complete or decision is not Decision.COMMIT else Decision.ROLLBACK
+
+
+_ERROR_STATUS: Final = 400
+
+
+def commit_policy(commit_on_exit: object, commit_when: CommitWhen | None) -> CommitPolicy:
+    """Return a policy, checked: a rule that is a coroutine function would always be true."""
+    rule: object = commit_when
+    if rule is not None and (not callable(rule) or inspect.iscoroutinefunction(rule)):
+        message = (
+            f"commit_when must be a plain function of a status and an exception, not {shown(commit_when)}."
+        )
+        raise ConfigurationError(message)
+    return CommitPolicy(commit_on_exit=boolean("commit_on_exit", commit_on_exit), commit_when=commit_when)

@@ -1,0 +1,203 @@
+"""A request: its unit of work, settled before the response starts, and the response's way to the client."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+from attrs import define, field
+
+from .._session.ending import resume
+from .._unit.place import Place, around
+from .._unit.settling import Decision, abandon, finish, finish_idle, roll_back, settle
+from .._unit.unit import UnitOfWork
+from ..exceptions import PartialCommitError
+from .failure import answer, drop, keep
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Iterator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from .._session.state import StatefulSession
+    from .._unit.database import Database
+    from .policy import CommitPolicy
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_LAST_OF_A_RESPONSE: Final = frozenset(
+    {"http.response.body", "http.response.pathsend", "http.response.zerocopysend"}
+)
+"""The messages of which the last one, without ``more_body``, ends the body."""
+
+
+@define(eq=False, repr=False, weakref_slot=False)
+class RequestUnit(UnitOfWork[Any]):
+    """A request's unit, and its response on its way to the client: one object, as every request makes it."""
+
+    _policy: CommitPolicy = field(kw_only=True)
+    _listen: Receive = field(kw_only=True)
+    _forward: Send = field(kw_only=True)
+    _outer_exception: BaseException | None = field(init=False)
+    _app: object = field(init=False)
+    """The application, whose exception handlers may answer for a failed commit."""
+    _failure: Exception | None = field(default=None, init=False)
+    """Why the response was abandoned: its commit failed."""
+    _standing: Decision | None = field(default=None, init=False)
+    """The decision of the response's start, where it holds for the rest as well."""
+    _sent: Literal["nothing", "start", "end", "all", "cut"] = field(default="nothing", init=False)
+    """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
+    _received: tuple[Message, ...] = field(default=(), init=False)
+    """The request's body, as far as the application has asked for it."""
+    _committed: list[Database[Any]] | None = field(default=None, init=False)
+    """The databases that middlewares inside have committed."""
+
+    async def _serve(self, app: ASGIApp, scope: Scope) -> None:
+        """Run the application inside, and close the unit whatever becomes of it."""
+        self._outer_exception = sys.exception()
+        self._app = scope.get("app")  # before a mounted application puts itself there
+        try:
+            try:
+                await app(scope, self._receive, self._send)
+                if self._failure is not None:
+                    raise self._failure  # noqa: TRY301  # the application has swallowed it
+            except Exception:  # middlewares outside see that the answer handles it
+                if self._failure is None:
+                    raise
+                await answer(
+                    self._failure,
+                    self._app,
+                    scope,
+                    replay=self._replay,
+                    receive=self._listen,
+                    send=self._forward,
+                )
+            session = self._watched
+            if finish_idle(self):
+                self._note_commit(session)  # the application may have committed explicitly
+            else:
+                await self._finish_tail()
+        except BaseException:
+            await abandon(self)
+            raise
+
+    def _send(self, message: Message) -> Awaitable[None]:
+        """Settle the unit before the response starts, note the response's end, pass everything on."""
+        sent = self._sent
+        if sent == "nothing":
+            if message["type"] == "http.response.start":
+                self._sent = "start"
+                if self.opened is not None or self._policy.commit_when is not None:
+                    return self._start(message, sys.exception())
+        elif sent == "start":
+            if message["type"] in _LAST_OF_A_RESPONSE and not message.get("more_body"):
+                return self._end(message)
+        elif self._failure is not None:
+            return drop()
+        return self._forward(message)
+
+    async def _start(self, message: Message, exception: BaseException | None) -> None:
+        """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
+        if exception is self._outer_exception:
+            exception = None
+        session = self._watched
+        if session is not None and not (self._hooks or session.in_transaction()):
+            session = None  # nothing is awaited for it
+        if session is not None:
+            session._fastapi_async_sqlalchemy.settling = True
+        try:
+            decision = self._policy.response(message["status"], exception)
+            held = await settle(self, decision)
+        except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
+            self._failure = failure = self._reported(error)
+            self._sent = "cut"
+            await roll_back(self)
+            raise failure  # noqa: B904  # it is the error itself, or has it as its cause
+        except BaseException:  # cut short, and something inside may answer for it
+            self._sent = "nothing"
+            raise
+        finally:
+            if session is not None:
+                session._fastapi_async_sqlalchemy.settling = False
+        if held or self._policy.commit_when is not None:
+            self._standing = decision
+        self._received = ()
+        if session is not None:
+            resume(session)
+        self._note_commit(self._watched)
+        await self._forward(message)
+
+    async def _end(self, message: Message) -> None:
+        """Forward the last message of the body, and note that it went out."""
+        self._sent = "end"
+        await self._forward(message)
+        self._sent = "all"
+
+    async def _receive(self) -> Message:
+        """Pass on what the client sends; that it left is noted, as some middlewares end the body then."""
+        message = await self._listen()
+        if message["type"] == "http.request":
+            self._received = keep(self._received, message)
+        elif self._sent == "start":
+            self._sent = "cut"
+        return message
+
+    async def _replay(self) -> Message:
+        """Hand the request's body out once more, to the handler of a failed commit."""
+        if not self._received:
+            return await self._listen()
+        message, *rest = self._received
+        self._received = tuple(rest)
+        return message
+
+    async def _finish_tail(self) -> None:
+        """Settle what the tail began, or what its owner still holds, and close the unit."""
+        decision = Decision.ROLLBACK
+        if self._failure is None:
+            decision = self._policy.tail(self._standing, complete=self._sent == "all")
+        session = self._watched
+        try:
+            await finish(self, decision)
+        except Exception as error:
+            logger.exception(
+                "COMMIT on %s failed after the response had started: the client has been told of a success "
+                "that does not include what came later.",
+                self._database.name,
+            )
+            raise self._reported(error)  # noqa: B904  # it is the error itself, or has it as its cause
+        self._note_commit(session)
+
+    def _note_commit(self, session: StatefulSession | None) -> None:
+        """Let the middlewares outside know that this database has committed something."""
+        if session is not None and session._fastapi_async_sqlalchemy.committed_writes:
+            for unit in self._others():
+                unit._committed = [*(unit._committed or ()), self._database]
+
+    def _others(self) -> Iterator[RequestUnit]:
+        """Find the units of other middlewares that the request has passed, as far as they can be seen here.
+
+        Each is bound to a variable of its own in this very context; the scope may be a copy on either side.
+        """
+        scope = cast("Scope", self._scope)
+        for bound in copy_context().values():
+            for place in around(bound) if isinstance(bound, Place) else ():
+                if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
+                    yield place
+
+    def _reported(self, error: Exception) -> Exception:
+        """Return the error of a commit, or the one that names the databases which committed before it."""
+        sessions = [(unit._database, unit._watched) for unit in self._others()]
+        explicitly = [
+            database
+            for database, session in sessions
+            if session is not None and session._fastapi_async_sqlalchemy.committed_writes
+        ]
+        names = dict.fromkeys(database.name for database in (*(self._committed or ()), *explicitly))
+        if not names:
+            return error
+        failure = PartialCommitError([*names], self._database.name)
+        failure.__cause__ = error
+        logger.error("%s", failure)
+        return failure
