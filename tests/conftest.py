@@ -16,6 +16,7 @@ from fastapi_async_sqlalchemy import db
 from tests.support.databases import Judge, JudgeFor, find_mariadb, fresh_database
 from tests.support.databases import postgresql_server as start_postgresql
 from tests.support.site import MakeSite, Site, open_site
+from tests.support.stage import Stage
 from tests.support.worker import open_worker
 
 
@@ -168,3 +169,16 @@ async def locking_worker(locking_url: str, judge_for: JudgeFor) -> AsyncIterator
     """A process without an application, on each of the two databases that let two units write at once."""
     async with open_worker(locking_url, judge_for) as worker:
         yield worker
+
+
+@pytest.fixture(params=["worker", "request"])
+async def stage(
+    request: pytest.FixtureRequest, database_url: str, judge_for: JudgeFor, make_site: MakeSite
+) -> AsyncIterator[Stage]:
+    """A worker and a request in turn, on each of the three databases."""
+    if request.param == "request":
+        site = await make_site(database_url, commit_on_exit=True, exclude_paths=["/outside"])
+        yield Stage(site, in_request=True)
+        return
+    async with open_worker(database_url, judge_for) as worker:
+        yield Stage(worker, in_request=False)

@@ -22,17 +22,7 @@ from sqlalchemy.util import await_only
 
 from fastapi_async_sqlalchemy import ConfigurationError, InDoubtError, UnexpectedRollbackError, atomic
 from fastapi_async_sqlalchemy.recovery import recover
-from tests.support.atomic import (
-    BROKEN,
-    BROKEN_TEXT,
-    STEPS,
-    YOUNG,
-    Group,
-    Side,
-    Step,
-    open_group,
-    urls_of,
-)
+from tests.support.atomic import BROKEN, BROKEN_TEXT, STEPS, YOUNG, Group, Side, Step, open_group, urls_of
 from tests.support.databases import JudgeFor
 from tests.support.tables import Note
 

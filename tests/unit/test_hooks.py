@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
@@ -11,79 +11,31 @@ from fastapi import HTTPException
 from httpx2 import AsyncClient
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.responses import StreamingResponse
 
-from fastapi_async_sqlalchemy import UnitOfWork
 from tests.support.databases import Judge
+from tests.support.hooks import (
+    Act,
+    BoomError,
+    Log,
+    add,
+    begin_and_commit,
+    begin_block,
+    close_session,
+    commit_session,
+    commit_unit,
+    fail,
+    fail_early,
+    fail_in_begin_block,
+    leave,
+    rollback_session,
+    rollback_unit,
+)
 from tests.support.serving import raw_get, serve
 from tests.support.site import MakeSite, Site, complaints
 from tests.support.tables import ORPHAN, Note, Reply
 
-Unit = UnitOfWork[AsyncSession]
-Act = Callable[[Unit], Awaitable[object]]
-
-
-class BoomError(Exception):
-    """The error of a test's own."""
-
-
-class Log(list[str]):
-    """What hooks have run, in order."""
-
-    def hook(self, event: str) -> Callable[[], None]:
-        """Return a hook that notes an event."""
-        return lambda: self.append(event)
-
-    def both(self, unit: Unit, event: str = "") -> None:
-        """Register a hook for each outcome."""
-        unit.on_commit(self.hook(f"{event} committed".strip()))
-        unit.on_rollback(self.hook(f"{event} rolled back".strip()))
-
-
-@pytest.fixture
-def log() -> Log:
-    """An empty log."""
-    return Log()
-
-
-async def add(unit: Unit, note: str = "a") -> None:
-    """Write a note."""
-    unit.session.add(Note(text=note))
-    await unit.session.flush()
-
-
 # After which outcome.
-
-
-async def leave(unit: Unit) -> None:
-    """Write, and leave the rest to the end of the unit."""
-    await add(unit)
-
-
-async def commit_unit(unit: Unit) -> None:
-    """Write and commit by the unit."""
-    await add(unit)
-    await unit.commit()
-
-
-async def commit_session(unit: Unit) -> None:
-    """Write and commit by the session."""
-    await add(unit)
-    await unit.session.commit()
-
-
-async def begin_block(unit: Unit) -> None:
-    """Write in a block that commits itself."""
-    async with unit.session.begin():
-        unit.session.add(Note(text="a"))
-
-
-async def begin_and_commit(unit: Unit) -> None:
-    """Write in a transaction that is begun and committed by hand."""
-    transaction = await unit.session.begin()
-    await add(unit)
-    await transaction.commit()
 
 
 @pytest.mark.parametrize("act", [leave, commit_unit, commit_session, begin_block, begin_and_commit])
@@ -95,42 +47,6 @@ async def test_commit_runs_its_hooks(worker: Site, act: Act, log: Log) -> None:
         await act(unit)
     assert log == ["first committed", "second committed"]
     assert await worker.notes() == ["a"]
-
-
-async def rollback_unit(unit: Unit) -> None:
-    """Write and roll back by the unit."""
-    await add(unit)
-    await unit.rollback()
-
-
-async def rollback_session(unit: Unit) -> None:
-    """Write and roll back by the session."""
-    await add(unit)
-    await unit.session.rollback()
-
-
-async def close_session(unit: Unit) -> None:
-    """Write and close the session."""
-    await add(unit)
-    await unit.session.close()
-
-
-async def fail(unit: Unit) -> None:
-    """Write and fail."""
-    await add(unit)
-    raise BoomError
-
-
-async def fail_early(unit: Unit) -> None:
-    """Fail before anything was sent."""
-    raise BoomError
-
-
-async def fail_in_begin_block(unit: Unit) -> None:
-    """Fail in a block that rolls back itself."""
-    async with unit.session.begin():
-        await add(unit)
-        raise BoomError
 
 
 @pytest.mark.parametrize(

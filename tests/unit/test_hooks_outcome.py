@@ -13,19 +13,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import UnexpectedRollbackError, UnitClosedError
+from tests.support import hooks
+from tests.support.hooks import Act, BoomError, Log, Unit, add, commit_session, commit_unit, leave
 from tests.support.interruption import Interrupted, Moment
 from tests.support.serving import serve
 from tests.support.site import MakeSite, Site, complaints
 from tests.support.tables import Note
 from tests.support.versions import survives_cancellation
-from tests.unit import test_hooks as hooks
-from tests.unit.test_hooks import Act, BoomError, Log, Unit, add, commit_session, commit_unit, leave
-
-
-@pytest.fixture
-def log() -> Log:
-    """An empty log."""
-    return Log()
 
 
 @pytest.fixture(params=["postgresql", "mariadb", "asyncmy", "sqlite"])
