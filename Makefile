@@ -73,7 +73,7 @@ types: venv ## mypy and pyright, both strict; the stubs against the installed pa
 	$(bin)/mypy src
 	$(bin)/mypy typings $(typed)
 	$(bin)/pyright --pythonpath $(bin)/python
-	$(bin)/python -m tests.pages $(VENV)/pages
+	$(bin)/python -m tests.support.pages $(VENV)/pages
 	$(bin)/mypy --config-file= --strict --disable-error-code import-untyped $(VENV)/pages/*.py
 	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml --allowlist stubtest-allowlist.txt
 	cd "$$(mktemp -d)" && PATH="$(abspath $(bin)):$$PATH" pyright --ignoreexternal --verifytypes fastapi_async_sqlalchemy

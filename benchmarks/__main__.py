@@ -18,7 +18,7 @@ from benchmarks.requests import on_postgresql, on_sqlite, without_sql
 from benchmarks.serving import over_uvicorn
 from benchmarks.sites import stands
 from benchmarks.units import lookup, outside_requests
-from tests.databases import fresh_database, postgresql_server
+from tests.support.databases import fresh_database, postgresql_server
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/benchmarks.json"

@@ -26,9 +26,9 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
     pgbouncer_engine_args,
 )
-from tests.databases import fresh_database, postgresql_server
-from tests.pgbouncer import pgbouncer
-from tests.serving import run_lifespan
+from tests.support.databases import fresh_database, postgresql_server
+from tests.support.pgbouncer import pgbouncer
+from tests.support.serving import run_lifespan
 
 CLIENTS = 50
 SERVERS = 10

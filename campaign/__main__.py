@@ -13,7 +13,7 @@ from campaign.broken import BROKEN
 from campaign.clients import DEADLINE
 from campaign.promise import ROUTES
 from campaign.run import Plan, Result, run
-from tests.databases import find_mariadb
+from tests.support.databases import find_mariadb
 
 INTERRUPTED = 130
 """The exit status where the end came before the verdict."""

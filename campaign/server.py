@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from campaign import tables
 from campaign.proxy import Proxy, Upstream
 from campaign.wire import MariadbWire, PostgresqlWire
-from tests.databases import UNKNOWN_THREAD, Judge, fresh_database, make_data
+from tests.support.databases import UNKNOWN_THREAD, Judge, fresh_database, make_data
 
 DATABASES = ("main", "ledger")
 APPLICATION = "campaign"

@@ -8,7 +8,7 @@ from attrs import Factory, define, frozen
 from campaign.promise import ROUTES, Answer, Transaction
 from campaign.server import Server
 from campaign.tables import ACCOUNTS, BALANCE
-from tests.databases import Judge
+from tests.support.databases import Judge
 
 
 @frozen

@@ -1,18 +1,23 @@
-"""Fixtures: an empty database for each test, on every server, and a judge that looks at it from outside."""
+"""Fixtures: an empty database for each test, a judge that looks at it from outside, and sites and workers."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import OperationalError
+from starlette.middleware import Middleware
 
 from fastapi_async_sqlalchemy import db
-from tests.databases import Judge, JudgeFor, find_mariadb, fresh_database
-from tests.databases import postgresql_server as start_postgresql
+from tests.support.databases import Judge, JudgeFor, find_mariadb, fresh_database
+from tests.support.databases import postgresql_server as start_postgresql
+from tests.support.site import MakeSite, Site, open_site
+from tests.support.stage import Stage
+from tests.support.worker import open_worker
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +93,92 @@ async def judge_for(databases: ExitStack) -> AsyncIterator[JudgeFor]:
             return await judges.enter_async_context(Judge(url))
 
         yield open_judge
+
+
+@pytest.fixture
+async def make_site(judge_for: JudgeFor) -> AsyncIterator[MakeSite]:
+    """A function that makes a site, to be awaited; when the test ends no connection may be out."""
+    async with AsyncExitStack() as sites:
+
+        async def make(
+            url: str, *, outside: Iterable[Middleware] = (), inside: Iterable[Middleware] = (), **options: Any
+        ) -> Site:
+            return await sites.enter_async_context(open_site(url, judge_for, outside, inside, **options))
+
+        yield make
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def deferring_url(request: pytest.FixtureRequest) -> str:
+    """An empty database on each of the two whose COMMIT can fail: MariaDB checks at every statement."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["mariadb", "sqlite"])
+def forgiving_url(request: pytest.FixtureRequest) -> str:
+    """An empty database on each of the two whose transactions go on after a statement has failed."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def locking_url(request: pytest.FixtureRequest) -> str:
+    """An empty database on each of the two that lock rows, so that a statement can wait for another one's."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["mariadb", "asyncmy"])
+def url_by_driver(request: pytest.FixtureRequest) -> str:
+    """An empty database on MariaDB, by each of its drivers."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+async def worker(database_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+    """A process without an application, on each of the three databases."""
+    async with open_worker(database_url, judge_for) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def deferring_worker(deferring_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+    """A process without an application, on each of the two databases whose COMMIT can fail."""
+    async with open_worker(deferring_url, judge_for) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def postgresql_worker(postgresql_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+    """A process without an application, on PostgreSQL."""
+    async with open_worker(postgresql_url, judge_for) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def sqlite_worker(sqlite_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+    """A process without an application, on SQLite."""
+    async with open_worker(sqlite_url, judge_for) as worker:
+        yield worker
+
+
+@pytest.fixture
+async def locking_worker(locking_url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+    """A process without an application, on each of the two databases that let two units write at once."""
+    async with open_worker(locking_url, judge_for) as worker:
+        yield worker
+
+
+@pytest.fixture(params=["worker", "request"])
+async def stage(
+    request: pytest.FixtureRequest, database_url: str, judge_for: JudgeFor, make_site: MakeSite
+) -> AsyncIterator[Stage]:
+    """A worker and a request in turn, on each of the three databases."""
+    if request.param == "request":
+        site = await make_site(database_url, commit_on_exit=True, exclude_paths=["/outside"])
+        yield Stage(site, in_request=True)
+        return
+    async with open_worker(database_url, judge_for) as worker:
+        yield Stage(worker, in_request=False)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import uvicorn
 
 from examples.replicas.app import create_app
-from tests.replication import PROGRAMS, hot_standby, primary_server
+from tests.support.replication import PROGRAMS, hot_standby, primary_server
 
 GUIDE = """
 Open  {url}/docs

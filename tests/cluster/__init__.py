@@ -1,0 +1,1 @@
+"""Several databases: one outcome for all of them, replicas, failover and PgBouncer."""

@@ -1,0 +1,1 @@
+"""What each database and each driver does in its own way."""

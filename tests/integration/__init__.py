@@ -1,1 +1,0 @@
-"""Real applications, served on real databases and judged from outside."""

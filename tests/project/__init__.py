@@ -1,0 +1,1 @@
+"""The project around the package: documentation, examples, benchmarks, campaign and types."""

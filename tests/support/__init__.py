@@ -1,0 +1,1 @@
+"""Helpers of the tests: databases, servers, applications and ways to break them."""

@@ -1,0 +1,71 @@
+"""The blocks of the documentation; `python -m tests.support.pages FOLDER` writes Python for type checkers."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastapi
+from attrs import frozen
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+FENCE = re.compile(
+    r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs FastAPI (?P<fastapi>[\d.]+)) -->\n+)?"
+    r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@frozen
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    reason: str | None
+    """Why it is not executed; None if it is."""
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Find the fenced blocks of a page."""
+    source = page.read_text("utf-8")
+    for found in FENCE.finditer(source):
+        line = source.count("\n", 0, found.start("text")) + 1
+        reason = found["reason"] or older_fastapi(found["fastapi"])
+        yield Block(page, line, found["language"], found["text"], reason)
+
+
+def older_fastapi(needed: str | None) -> str | None:
+    """Say why a block that needs a FastAPI cannot be executed: the installed one is older."""
+    if needed is None or _numbers(fastapi.__version__) >= _numbers(needed):
+        return None
+    return f"it needs FastAPI {needed}, and this is {fastapi.__version__}"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def program(page: Path) -> str:
+    """Return a page's Python, each line where it is in the page; shown mistakes are left out."""
+    lines = [""] * len(page.read_text("utf-8").splitlines())
+    for block in blocks(page):
+        if block.language == "python" and "mistake" not in (block.reason or ""):
+            found = block.text.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(found)] = found
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(folder: Path) -> None:
+    """Write the programs of all pages, by names that tell the pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in PAGES:
+        name = "_".join(page.relative_to(ROOT).with_suffix("").parts).replace("-", "_")
+        (folder / f"page_{name}.py").write_text(program(page), "utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

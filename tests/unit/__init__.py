@@ -1,0 +1,1 @@
+"""The unit of work: its scope, its settings, its hooks and its end."""

@@ -1,0 +1,1 @@
+"""Requests: one unit of work each, settled before the response starts."""
