@@ -33,7 +33,7 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
     recovery,
 )
-from fastapi_async_sqlalchemy._options import place_of
+from fastapi_async_sqlalchemy._arguments.engines import place_of
 
 Pair = tuple[type[SQLAlchemyMiddleware[AsyncSession]], SessionProxy[AsyncSession]]
 Call = Callable[[Pair, Any], object]

@@ -104,7 +104,7 @@ async def open_shop(servers: Servers, **replica_args: Any) -> AsyncGenerator[Sho
 @pytest.fixture
 def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A standby that answers is heard, however late: it is not taken for one that answers nothing."""
-    monkeypatch.setattr("fastapi_async_sqlalchemy._replica._GRACE", LONG)
+    monkeypatch.setattr("fastapi_async_sqlalchemy._cluster.replica._GRACE", LONG)
 
 
 @pytest.fixture
