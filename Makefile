@@ -61,9 +61,10 @@ campaign: venv ## look for lost writes while everything breaks, some three minut
 	$(bin)/python -W ignore -m campaign $(ARGS)
 
 .PHONY: lint
-lint: venv ## ruff: rules and format
+lint: venv ## ruff: rules and format; codespell
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/codespell
 
 # Two runs of mypy: `src` reads the bodies, everything else reads the stubs; and a third as a user's, with the wheel,
 # of the documentation's programs (asyncpg has no types). The last line asks what users see: outside the repository,
