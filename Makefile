@@ -61,9 +61,10 @@ campaign: venv ## look for lost writes while everything breaks, some three minut
 	$(bin)/python -W ignore -m campaign $(ARGS)
 
 .PHONY: lint
-lint: venv ## ruff: rules and format
+lint: venv ## ruff: rules and format; codespell
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/codespell
 
 # Two runs of mypy: `src` reads the bodies, everything else reads the stubs; and a third as a user's, with the wheel,
 # of the documentation's programs (asyncpg has no types). The last line asks what users see: outside the repository,
@@ -78,6 +79,28 @@ types: venv ## mypy and pyright, both strict; the stubs against the installed pa
 	$(bin)/python -m mypy.stubtest fastapi_async_sqlalchemy --mypy-config-file pyproject.toml --allowlist stubtest-allowlist.txt
 	cd "$$(mktemp -d)" && PATH="$(abspath $(bin)):$$PATH" pyright --ignoreexternal --verifytypes fastapi_async_sqlalchemy
 
+.PHONY: dist
+dist: ## build dist/*.whl and dist/*.tar.gz, check both, and write build/sbom.cdx.json
+	+$(MAKE) --no-print-directory dist-checked VENV=$(VENV)/dist LOCK=requirements/dist.txt
+
+# The wheel is built from the sdist, so that a distributor can do the same. The bill of materials lists what the
+# package and its extras ran with in the tests: a wheel of pure Python holds nothing of others.
+shipped := $(VENV)/shipped
+.PHONY: dist-checked
+dist-checked: $(VENV)/.locked
+	rm -rf dist build
+	$(bin)/python -m build --no-isolation
+	$(bin)/twine check --strict dist/*
+	$(bin)/check-wheel-contents dist/*.whl
+	$(bin)/uv venv --quiet --clear --python $(bin)/python $(shipped)
+	$(bin)/uv pip install --quiet --python $(shipped) --constraint requirements/dev.txt --all-extras -r pyproject.toml
+	$(bin)/uv pip install --quiet --python $(shipped) --no-deps dist/*.whl
+	$(shipped)/bin/python -I -c 'import fastapi_async_sqlalchemy'
+	sed "s/^dynamic = .*/version = \"$$($(bin)/hatchling version)\"/" pyproject.toml > $(shipped)/pyproject.toml
+	mkdir -p build
+	$(bin)/cyclonedx-py environment --output-reproducible --pyproject $(shipped)/pyproject.toml --mc-type library \
+		--output-file build/sbom.cdx.json $(shipped)/bin/python
+
 .PHONY: typing-contract
 typing-contract: venv ## programs beside the repository that must type-check, and mistakes that must not
 	@if [ -f $(CONTRACT) ]; then $(bin)/python $(CONTRACT) $(CONTRACT_GROUPS); else echo "no typing contract at $(CONTRACT)"; fi
@@ -86,8 +109,9 @@ typing-contract: venv ## programs beside the repository that must type-check, an
 test-matrix: venv ## tests on the oldest and newest Python, SQLAlchemy 2.0, the lowest dependencies; types but on the last
 	.ci/matrix
 
-compile := $(bin)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	--no-emit-index-url --all-extras pyproject.toml
+lock-only := $(bin)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	--no-emit-index-url
+compile := $(lock-only) --all-extras pyproject.toml
 UPGRADE ?=
 
 .PHONY: lock
@@ -99,3 +123,4 @@ lock: $(VENV)/.locked ## pin requirements/*.txt again after a change of dependen
 	for name in lowest sqlalchemy-2.0; do \
 		cp requirements/dev.txt requirements/$$name.txt; \
 		$(compile) requirements/dev.in requirements/$$name.in -o requirements/$$name.txt; done
+	$(lock-only) requirements/dist.in --constraint requirements/dev.txt $(UPGRADE) -o requirements/dist.txt
