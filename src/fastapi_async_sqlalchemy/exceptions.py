@@ -50,6 +50,12 @@ class FastAPIAsyncSQLAlchemyError(Exception):
         return _restore, (type(self), self.args), self.__dict__
 
 
+def safe_repr(value: object) -> str:
+    """Return a wrong value as an error may show it: what could hold a password, by its type alone."""
+    text = repr(value)
+    return type(value).__name__ if "://" in text or "@" in text else text
+
+
 def _restore(
     kind: type[FastAPIAsyncSQLAlchemyError], args: tuple[object, ...]
 ) -> FastAPIAsyncSQLAlchemyError:
@@ -61,8 +67,15 @@ def _restore(
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
     """An argument is wrong; raised where it is given, before any request is served.
 
-    The message names the parameter and the remedy, and never shows a password.
+    The message names the parameter and the remedy, and never shows a password. It is built from the
+    parameter's name, the value that it should have and the one that it has; or it is the whole text, where
+    the fact does not fit that form.
     """
+
+    def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None:
+        super().__init__(
+            parameter if wanted is None else f"{parameter} must be {wanted}, not {safe_repr(value)}."
+        )
 
 
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):

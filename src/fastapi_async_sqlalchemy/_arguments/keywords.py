@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.sql.schema import Table
 
 from ..exceptions import ConfigurationError
-from .checks import mapping, shown
+from .checks import mapping
 
 
 class EngineArgs(TypedDict, total=False):
@@ -94,8 +94,9 @@ def session_arguments(value: object) -> dict[str, Any]:
     sync_class: object = arguments.get("sync_session_class", Session)
     given: object = sync_class
     if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
-        message = f"session_args['sync_session_class'] must be a Session class, not {shown(given)}."
-        raise ConfigurationError(message)
+        wanted = "a Session class"
+        msg = "session_args['sync_session_class']"
+        raise ConfigurationError(msg, wanted, given)
     binds = mapping("session_args['binds']", arguments.get("binds"))
     if not all(isinstance(bind, AsyncEngine | AsyncConnection) for bind in binds.values()):
         message = (
@@ -109,5 +110,5 @@ def session_class_of(name: str, value: object) -> None:
     """Refuse what is not an ``AsyncSession`` class."""
     class_: object = value
     if not (isinstance(value, type) and issubclass(value, AsyncSession)):
-        message = f"{name} must be a subclass of sqlalchemy.ext.asyncio.AsyncSession, not {shown(class_)}."
-        raise ConfigurationError(message)
+        wanted = "a subclass of sqlalchemy.ext.asyncio.AsyncSession"
+        raise ConfigurationError(name, wanted, class_)

@@ -18,7 +18,6 @@ from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.sql import text
 
-from .._arguments.checks import shown
 from .._dialects.begin import commits_by_itself
 from .._session.cancellation import to_completion
 from .._session.state import StatefulSession, has_written
@@ -77,8 +76,9 @@ def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None
 
 def _require_proxy(value: object) -> None:
     if not isinstance(value, Handle):
-        message = f"databases must be proxies such as `db`, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = "proxies such as `db`"
+        msg = "databases"
+        raise ConfigurationError(msg, wanted, value)
 
 
 def _scope(proxy: Handle[AsyncSession]) -> UnitScope[Any]:

@@ -81,6 +81,13 @@ def commits_by_itself(engine: AsyncEngine) -> bool:
     return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
+def require_read_only_twophase(engine: AsyncEngine) -> None:
+    """Raise ``ConfigurationError`` where a two-phase transaction cannot be read-only."""
+    if engine.dialect.name != "postgresql":
+        message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
+        raise ConfigurationError(message)
+
+
 def _options_of(engine: AsyncEngine, settings: TransactionSettings) -> dict[str, object]:
     """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
     options: dict[str, object] = {}

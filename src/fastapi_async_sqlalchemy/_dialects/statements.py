@@ -9,6 +9,8 @@ READS: Final = frozenset(
     {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"}
 )
 """Verbs of statements that leave nothing to commit."""
+UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
+"""Dialects whose connections forget the rows that a stream has left when another statement is sent."""
 _COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
 _PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
 """What COMMIT sends where a transaction takes part in a two-phase commit."""

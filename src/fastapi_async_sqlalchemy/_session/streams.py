@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from attrs import frozen
 from sqlalchemy.engine import CursorResult, Result
 
+from .._dialects.statements import UNBUFFERED
+
 if TYPE_CHECKING:
     from .state import StatefulSession
-
-_UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
-"""Dialects whose connections forget the rows that are left when another statement is sent."""
 
 
 @frozen(eq=False, repr=False)
@@ -63,7 +62,7 @@ def watch_stream(session: StatefulSession, result: Result[Any]) -> None:
         return
     state = session._fastapi_async_sqlalchemy
     held = cursor.context if cursor is result else result
-    stream = Stream(ref(held), vars(cursor), cursor.dialect.name in _UNBUFFERED)
+    stream = Stream(ref(held), vars(cursor), cursor.dialect.name in UNBUFFERED)
     state.streams += (stream,)
     state.shared.connections[cursor.connection] = ref(session)
     state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered

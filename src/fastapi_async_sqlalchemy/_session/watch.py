@@ -13,7 +13,7 @@ from attrs import Factory, define
 from sqlalchemy import event
 from sqlalchemy.pool import QueuePool
 
-from .._dialects.errors import before_on_sqlite, is_transaction_lost
+from .._dialects.errors import begin_in_time, is_transaction_lost
 from .state import Shared, note_statement, task_at_work
 from .watched import watched_class
 
@@ -63,8 +63,7 @@ class Watch(Shared):
         if not statement.startswith("SELECT"):
             session = self.session_of(context.root_connection)
             if session is not None:
-                if context.dialect.name == "sqlite":
-                    before_on_sqlite(cursor, statement, context.root_connection)
+                begin_in_time(cursor, statement, context.root_connection)
                 note_statement(session, statement)
 
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:

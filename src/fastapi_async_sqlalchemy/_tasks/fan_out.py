@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from attrs import Factory, define, evolve
 
-from .._arguments.checks import boolean, optional_count, shown
+from .._arguments.checks import boolean, optional_count
 from .._session.cancellation import to_completion
 from .._session.checkout import limits_of
 from .._unit.database import S_co
 from .._unit.place import open_unit
 from .._unit.scope import UnitScope
+from ..exceptions import safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -81,7 +82,9 @@ def coroutines_of(values: Iterable[object]) -> list[Coroutine[Any, Any, Any]]:
     found: list[Coroutine[Any, Any, Any]] = [value for value in given if isinstance(value, Coroutine)]
     if wrong:
         close(found)
-        message = f"each argument must be a coroutine, as work() is of an `async def`, not {shown(wrong[0])}."
+        message = (
+            f"each argument must be a coroutine, as work() is of an `async def`, not {safe_repr(wrong[0])}."
+        )
         raise TypeError(message)
     if len({id(coroutine) for coroutine in found}) < len(found):
         close(found)

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from .._arguments.engines import place_of
 from .._arguments.keywords import session_arguments
-from .._dialects.begin import PLAIN, engine_for
+from .._dialects.begin import PLAIN, engine_for, require_read_only_twophase
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 from .settings import refuse_flush
@@ -155,9 +155,8 @@ class Database(Generic[S_co]):
                     "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
                 )
                 raise ConfigurationError(message)
-        if settings.read_only and keywords.get("twophase") and engine.dialect.name != "postgresql":
-            message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
-            raise ConfigurationError(message)
+        if settings.read_only and keywords.get("twophase"):
+            require_read_only_twophase(engine)
         if settings is not PLAIN:
             engine = engine_for(engine, settings, self._watch.xid)
             keywords["binds"] = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from .._arguments.checks import ISOLATION_LEVELS, boolean, shown
+from .._arguments.checks import ISOLATION_LEVELS, boolean
 from .._dialects.begin import TransactionSettings
 from ..exceptions import ConfigurationError, ReadOnlyError
 
@@ -26,10 +26,9 @@ def transaction_settings(
         message = "read_only=False was asked of a read-only pair: open the unit by the primary's proxy."
         raise ConfigurationError(message)
     if isolation_level is not None and isolation_level not in ISOLATION_LEVELS:
-        message = (
-            f"isolation_level must be one of {', '.join(ISOLATION_LEVELS)}, not {shown(isolation_level)}."
-        )
-        raise ConfigurationError(message)
+        wanted = f"one of {', '.join(ISOLATION_LEVELS)}"
+        msg = "isolation_level"
+        raise ConfigurationError(msg, wanted, isolation_level)
     level: Any = isolation_level
     return TransactionSettings(
         read_only=None if read_only is None else boolean("read_only", read_only),

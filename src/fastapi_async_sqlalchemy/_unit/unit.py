@@ -11,10 +11,9 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from .._arguments.checks import shown
 from .._session.checkout import Checkout
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
-from ..exceptions import TransactionBegunError, UnitClosedError
+from ..exceptions import TransactionBegunError, UnitClosedError, safe_repr
 from .database import S_co
 from .place import Place, around
 
@@ -142,7 +141,7 @@ class UnitOfWork(Place[S_co]):
         """
         _require_function(hook)
         if inspect.iscoroutinefunction(hook):
-            message = f"an on_begin hook must be a plain function of a Connection, not {shown(hook)}."
+            message = f"an on_begin hook must be a plain function of a Connection, not {safe_repr(hook)}."
             raise TypeError(message)
         if _begun(self.session.sync_session):
             remedy = (
@@ -254,7 +253,7 @@ class Savepoint(AsyncSessionTransaction):
 
 def _require_function(hook: object) -> None:
     if not callable(hook):
-        message = f"a hook must be a function, not {shown(hook)}."
+        message = f"a hook must be a function, not {safe_repr(hook)}."
         raise TypeError(message)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import define
 from sqlalchemy import event
 
-from .._arguments.checks import positive, shown
+from .._arguments.checks import positive
 from .._session.checkout import pool_status
 from ..exceptions import ConfigurationError
 
@@ -59,8 +59,9 @@ def saturation_warning(engine: Engine, threshold: object, interval: object) -> S
         return None
     part = positive("pool_warn_threshold", threshold)
     if part > 1:
-        message = f"pool_warn_threshold must be a part of the pool, at most 1, not {shown(threshold)}."
-        raise ConfigurationError(message)
+        wanted = "a part of the pool, at most 1"
+        msg = "pool_warn_threshold"
+        raise ConfigurationError(msg, wanted, threshold)
     if pool_status(engine.pool).capacity is None:
         message = (
             f"pool_warn_threshold needs a pool with a limit, and this {type(engine.pool).__name__} has none: "
