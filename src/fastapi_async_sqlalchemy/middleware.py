@@ -17,7 +17,7 @@ from ._web.admission import admission, unavailable
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
-from .exceptions import ConfigurationError, PoolTimeoutError, safe_repr
+from .exceptions import ConfigurationError, PoolTimeoutError, _safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -90,7 +90,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: float = 60.0,
     ) -> None:
         if not callable(app):
-            message = f"app must be an ASGI application, not {safe_repr(app)}."
+            message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
         self._policy = commit_policy(commit_on_exit, commit_when)
@@ -194,7 +194,7 @@ def add_pool_timeout_handler(app: Starlette) -> None:
 
 def _require_starlette(app: object) -> None:
     if not isinstance(app, Starlette):
-        message = f"app must be a Starlette or FastAPI application, not {safe_repr(app)}."
+        message = f"app must be a Starlette or FastAPI application, not {_safe_repr(app)}."
         raise ConfigurationError(message)
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.sql import text
 from ._arguments.checks import boolean, positive
 from ._arguments.engines import async_engine, create_engine, place_of
 from ._cluster.branch import Branch, address_of, group_of
-from .exceptions import ConfigurationError, safe_repr
+from .exceptions import ConfigurationError, _safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -100,7 +100,7 @@ def _group(value: object, engines: Sequence[AsyncEngine]) -> str:
         return group_of(engines)
     if not isinstance(value, str) or _GROUP.fullmatch(value) is None:
         message = (
-            f"group must be the eight letters and digits of a warning of recover(), not {safe_repr(value)}."
+            f"group must be the eight letters and digits of a warning of recover(), not {_safe_repr(value)}."
         )
         raise ConfigurationError(message)
     return value

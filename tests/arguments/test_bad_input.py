@@ -508,7 +508,7 @@ async def test_no_repr_shows_a_secret(name: str, kind: Callable[[str], str | URL
     ]
     things: list[object] = [middleware, instance, db, db.pool_status(), *scopes]
     things += [gathering, db.connection(timeout=1), db.task_group(), db.connect(kind(URLS[name]))]
-    things += map(partial(getattr, db), ["database", "current"])
+    things += map(partial(getattr, db), ["_database", "_current"])
     async with plain as unit:
         session = unit.session
         things += [unit, session, session.sync_session, session.info, unit.savepoint()]

@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+from sqlalchemy.exc import PendingRollbackError
+
 from . import PoolStatus
 
 __all__ = [
@@ -40,7 +42,7 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None: ...
 
-class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
     def __init__(self, database: str, reason: str, remedy: str | None = None) -> None: ...
 
 class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from ..exceptions import ConfigurationError, safe_repr
+from ..exceptions import ConfigurationError, _safe_repr
 
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
 """What a block does about the unit of work that is open where it stands."""
@@ -79,7 +79,7 @@ def paths(name: str, value: object) -> frozenset[str]:
     found: list[str] = []
     for path in cast("Iterable[object]", value):
         if not (isinstance(path, str) and path.startswith("/")):
-            message = f"{name} must hold paths that begin with '/', not {safe_repr(path)}."
+            message = f"{name} must hold paths that begin with '/', not {_safe_repr(path)}."
             raise ConfigurationError(message)
         found.append(path)
     return frozenset(found)

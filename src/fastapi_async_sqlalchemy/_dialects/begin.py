@@ -14,7 +14,7 @@ from ..exceptions import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
@@ -51,7 +51,7 @@ _ACCESS: Final = "fastapi_async_sqlalchemy.access"
 _QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
 
 
-def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable[[], str]) -> AsyncEngine:
+def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], str]) -> Engine:
     """Return an engine over the same pool whose transactions have the settings.
 
     They are set with BEGIN, or before it; what outlasts the transaction is restored.
@@ -60,24 +60,24 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
     dialect = engine.dialect
     derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
-        derived.sync_engine.dialect = named = copy.copy(dialect)
+        derived.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
     if settings.isolation_level is not None:
-        event.listen(derived.sync_engine, "begin", _isolation_begin(settings.isolation_level))
-        event.listen(derived.sync_engine, "begin_twophase", _isolation_begin(settings.isolation_level))
-        event.listen(engine.sync_engine.pool, "reset", _restore_level)
+        event.listen(derived, "begin", _isolation_begin(settings.isolation_level))
+        event.listen(derived, "begin_twophase", _isolation_begin(settings.isolation_level))
+        event.listen(engine.pool, "reset", _restore_level)
     if settings.isolation_level == "SERIALIZABLE" and dialect.name == "sqlite":
-        event.listen(derived.sync_engine, "before_cursor_execute", _begin)
+        event.listen(derived, "before_cursor_execute", _begin)
     if settings.read_only and dialect.name != "postgresql":
         begin, restore = _read_only(dialect.name)
-        event.listen(derived.sync_engine, "begin", begin)
-        event.listen(engine.sync_engine.pool, "reset", restore)
+        event.listen(derived, "begin", begin)
+        event.listen(engine.pool, "reset", restore)
     return derived
 
 
-def commits_by_itself(engine: AsyncEngine) -> bool:
+def commits_by_itself(engine: AsyncEngine | Engine) -> bool:
     """Whether an engine is in AUTOCOMMIT: what it sends is stored at once."""
-    level = engine.dialect._on_connect_isolation_level  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    level = engine.dialect._on_connect_isolation_level  # there is no public name
     return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
@@ -88,7 +88,7 @@ def require_read_only_twophase(engine: AsyncEngine) -> None:
         raise ConfigurationError(message)
 
 
-def _options_of(engine: AsyncEngine, settings: TransactionSettings) -> dict[str, object]:
+def _options_of(engine: Engine, settings: TransactionSettings) -> dict[str, object]:
     """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
     options: dict[str, object] = {}
     dialect = engine.dialect

@@ -28,11 +28,12 @@ def _release(session: StatefulSession) -> None:
     state = session._fastapi_async_sqlalchemy
     transaction = session.get_transaction()
     hooks, state.hooks = state.hooks, None
+    joined, state.joined = state.joined, ()
     try:
         if transaction is not None:
             transaction.close()
     finally:
-        state.hooks = hooks
+        state.hooks, state.joined = hooks, joined
         if hooks is not None:
             hooks.marks.clear()
 

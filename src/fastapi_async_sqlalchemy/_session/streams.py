@@ -31,7 +31,7 @@ class Stream:
         if not isinstance(held, Result):
             return held is not None and not self._exhausted
         # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
-        return not held._soft_closed  # pyright: ignore[reportPrivateUsage]
+        return not held._soft_closed
 
     @property
     def between_rows(self) -> bool:
@@ -49,19 +49,17 @@ class Stream:
             (held if isinstance(held, Result) else held.cursor).close()
 
 
-def cursor_of(result: Result[Any]) -> CursorResult[Any] | None:
-    """Return what fetches the rows of a result; None is for one that came from memory."""
-    raw: Result[Any] = getattr(result, "raw", result)
-    return raw if isinstance(raw, CursorResult) else None
-
-
-def watch_stream(session: StatefulSession, result: Result[Any]) -> None:
+def watch_stream(session: StatefulSession, result: object) -> None:
     """Remember that a result is still to be read, and which session it belongs to if that fails."""
-    cursor = cursor_of(result)
-    if cursor is None:
-        return
     state = session._fastapi_async_sqlalchemy
-    held = cursor.context if cursor is result else result
+    state.streamed = False
+    scalars: Any = result
+    found: Any = result if isinstance(result, Result) else getattr(scalars, "_real_result", None)
+    raw: Any = getattr(found, "raw", found)
+    if not isinstance(raw, CursorResult):
+        return  # it came from memory
+    cursor: CursorResult[Any] = raw
+    held: Any = cursor.context if cursor is found else found
     stream = Stream(ref(held), vars(cursor), cursor.dialect.name in UNBUFFERED)
     state.streams += (stream,)
     state.shared.connections[cursor.connection] = ref(session)

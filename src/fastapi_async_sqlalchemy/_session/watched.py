@@ -11,14 +11,14 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, follow
+from .outcome import decide_rollback, end_committed, follow, require_commit
 from .state import SessionState, StatefulSession, has_written, pending
 from .turns import take_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
 
     from .state import Shared
 
@@ -47,14 +47,25 @@ _GUARDS: Final[tuple[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], t
 class WatchedSession(StatefulSession):
     """A session that serves one task at a time, and none after its unit's end."""
 
+    def commit(self) -> None:
+        """Commit; where that is refused, savepoints that are open stay open."""
+        if self.in_nested_transaction() and self.is_active:
+            require_commit(self)
+        try:
+            super().commit()
+        except BaseException:
+            end_committed(self)
+            raise
+
     def rollback(self) -> None:
         """Roll back; lifts every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
         super().rollback()
 
     def close(self) -> None:
-        """Close for good once the unit has ended; before that, begin afresh, as is SQLAlchemy's default."""
-        if self._fastapi_async_sqlalchemy.closed:
+        """Close for good once the unit has ended; before that, as ``close_resets_only`` says."""
+        state = self._fastapi_async_sqlalchemy
+        if state.closed or not state.resets_on_close:
             super().close()
         else:
             self.reset()
@@ -79,17 +90,20 @@ class WatchedSession(StatefulSession):
             ended.close(invalidate=True)
         super().reset()
 
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """Return the engine that the session's own class chooses, or one derived from it."""
+        bind: Engine | Connection = super().get_bind(*args, **kwargs)
+        route = self._fastapi_async_sqlalchemy.route
+        return bind if route is None else route(bind)
+
     def connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
     ) -> Connection:
         """Return the connection, and remember that it may be used without calling this session."""
         state = self._fastapi_async_sqlalchemy
-        connect = partial(super().connection, bind_arguments, execution_options)
-        if state.checkout is None:
-            connection = connect()
-        else:
-            bind = self.get_bind(**(bind_arguments or {}))
-            connection = state.checkout.connect(bind, connect, state.outer_holds)
+        if state.route is not None and bind_arguments and "bind" in bind_arguments:
+            bind_arguments = {"bind": self.get_bind(**bind_arguments)}  # SQLAlchemy does not ask for it
+        connection = super().connection(bind_arguments, execution_options)
         state.shared.connections[connection] = ref(self)
         state.exposed = True
         return connection
@@ -130,10 +144,15 @@ class OwnedTransaction(SessionTransaction):
         take_turn(session, "commit", partial(self._commit, session, end))
 
     def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
-        if self.parent is None:  # savepoints first, so that the event of the root's COMMIT is told apart
+        if self.parent is None and session.in_nested_transaction():
+            require_commit(session)  # else savepoints would end, and COMMIT would then be refused
             while (savepoint := session.get_nested_transaction()) is not None:
                 savepoint.commit()
-        end()
+        try:
+            end()
+        except BaseException:
+            end_committed(session)
+            raise
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
         """Roll back, to the savepoint if it is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
 
-from attrs import define
+from attrs import define, field
 
 from ..exceptions import MissingSessionError, SessionNotInitialisedError
 from .database import Database, S_co
@@ -43,9 +43,9 @@ class Place(Generic[S_co]):
 class NoUnit(Place[S_co]):
     """Stands in the variable where no unit is bound, and gives the reason."""
 
-    _database: Database[S_co] | None = None
-    _where: str = ""
-    _remedy: str = ""
+    _database: Database[S_co] | None = field(default=None, alias="database")
+    _where: str = field(default="", alias="where")
+    _remedy: str = field(default="", alias="remedy")
 
     @property
     def closed(self) -> bool:
@@ -103,5 +103,5 @@ def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_c
 def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
     """Make the variable of one database."""
     remedy = "open `async with db():` around the work, or call from within a request"
-    outside = NoUnit(database=database, where="here", remedy=remedy)
+    outside: Place[S_co] = NoUnit(database=database, where="here", remedy=remedy)
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy.orm import Session
 
+from .._session import restoring
 from .._session.cancellation import clear_frames, to_completion
 from .._session.ending import discard_in_use, end, interrupt, release
 from .._session.state import has_written, held_by_owner, pending
@@ -108,7 +109,7 @@ async def roll_back(unit: UnitOfWork[Any]) -> None:
     """Roll back while the unit goes on; where that fails, the connection is discarded, to the same effect."""
     if unit.opened is not None:
         try:
-            await unit.opened.rollback()
+            await unit.opened.run_sync(restoring.roll_back)
         except Exception:  # whatever it is, the transaction is not committed
             logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
         if unit._hooks is not None:  # where no transaction was open
@@ -219,8 +220,7 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
         if session.in_transaction():
             if state.exposed:
                 await interrupt(opened)
-            session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
-            await opened.rollback()
+            await opened.run_sync(restoring.roll_back)
     except Exception:  # whatever it is, the transaction is not committed
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
     finally:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import SessionTransaction
 
 from .._session.checkout import Checkout
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
-from ..exceptions import TransactionBegunError, UnitClosedError, safe_repr
+from ..exceptions import TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
 from .place import Place, around
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from .._session.hooks import BeginHook, Hook
-    from .._session.state import StatefulSession
+    from .._session.state import JoinedBlock, StatefulSession
     from .database import Database, UnitConfig
 
 
@@ -46,14 +46,16 @@ class UnitOfWork(Place[S_co]):
     ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
     """
 
-    _config: UnitConfig[S_co] = field(kw_only=True)
-    _scope: Scope | None = field(default=None, kw_only=True)
+    _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
+    _scope: Scope | None = field(default=None, kw_only=True, alias="scope")
     """The ASGI scope of the request that it belongs to."""
     _watched: StatefulSession | None = field(default=None, init=False)
     """The synchronous side of the opened session, which carries its state."""
     _phase: Phase = field(default=Phase.FRESH, init=False)
     _hooks: Hooks | None = field(default=None, init=False)
     """Made with the session, so that whoever has hooks has a session."""
+    _joined: list[JoinedBlock] = field(factory=list["JoinedBlock"], init=False)
+    """The blocks that have joined it and are open."""
     _info: dict[str, Any] | None = field(default=None, init=False)
 
     @property
@@ -141,7 +143,7 @@ class UnitOfWork(Place[S_co]):
         """
         _require_function(hook)
         if inspect.iscoroutinefunction(hook):
-            message = f"an on_begin hook must be a plain function of a Connection, not {safe_repr(hook)}."
+            message = f"an on_begin hook must be a plain function of a Connection, not {_safe_repr(hook)}."
             raise TypeError(message)
         if _begun(self.session.sync_session):
             remedy = (
@@ -185,8 +187,9 @@ class UnitOfWork(Place[S_co]):
         self._phase = Phase.OPEN
         self._watched = cast("StatefulSession", opened.sync_session)
         state = self._watched._fastapi_async_sqlalchemy
+        state.joined = self._joined
         if config.limits is not None:
-            state.checkout = Checkout(config.database.name, config.limits)
+            state.limit(Checkout(config.database.name, config.limits))
         if isinstance(self._outer, UnitOfWork):
             state.outer_holds = self._outer_holds
         return opened
@@ -253,7 +256,7 @@ class Savepoint(AsyncSessionTransaction):
 
 def _require_function(hook: object) -> None:
     if not callable(hook):
-        message = f"a hook must be a function, not {safe_repr(hook)}."
+        message = f"a hook must be a function, not {_safe_repr(hook)}."
         raise TypeError(message)
 
 
@@ -262,5 +265,5 @@ def _begun(session: Session) -> bool:
     transaction = session.get_transaction()
     if transaction is None:
         return False
-    begun = transaction._connections  # pyright: ignore[reportPrivateUsage]  # `connections` is new in 2.1.7
+    begun = transaction._connections  # `connections` is new in 2.1.7
     return bool(begun) or session.in_nested_transaction()

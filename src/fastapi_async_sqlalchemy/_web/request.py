@@ -37,9 +37,9 @@ _LAST_OF_A_RESPONSE: Final = frozenset(
 class RequestUnit(UnitOfWork[Any]):
     """A request's unit, and its response on its way to the client: one object, as every request makes it."""
 
-    _policy: CommitPolicy = field(kw_only=True)
-    _listen: Receive = field(kw_only=True)
-    _forward: Send = field(kw_only=True)
+    _policy: CommitPolicy = field(kw_only=True, alias="policy")
+    _listen: Receive = field(kw_only=True, alias="listen")
+    _forward: Send = field(kw_only=True, alias="forward")
     _outer_exception: BaseException | None = field(init=False)
     _app: object = field(init=False)
     """The application, whose exception handlers may answer for a failed commit."""
@@ -182,7 +182,8 @@ class RequestUnit(UnitOfWork[Any]):
         """
         scope = cast("Scope", self._scope)
         for bound in copy_context().values():
-            for place in around(bound) if isinstance(bound, Place) else ():
+            innermost = cast("Place[Any]", bound) if isinstance(bound, Place) else None
+            for place in around(innermost):
                 if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
                     yield place
 
