@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
 
 from starlette.applications import Starlette
@@ -13,6 +14,8 @@ from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
+from ._unit.settling import abandon, finish_idle
+from ._unit.unit import CLOSED
 from ._web.admission import admission, unavailable
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
@@ -147,9 +150,28 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         unit = RequestUnit(
             outer, config=self._config, scope=scope, policy=self._policy, listen=receive, forward=send
         )
+        unit._outer_exception = sys.exception()
+        unit._app = scope.get("app")  # before a mounted application puts itself there
         self._current.set(unit)
         try:
-            await unit._serve(self.app, scope)
+            try:
+                await self.app(scope, unit._receive, unit._send)
+                if unit._failure is not None:
+                    raise unit._failure  # noqa: TRY301  # the application has swallowed it
+            except Exception:  # middlewares outside see that the answer handles it
+                if unit._failure is None:
+                    raise
+                await unit._answer()
+            session = unit._watched
+            if session is None:
+                unit._phase = CLOSED
+            elif finish_idle(unit):
+                unit._note_commit(session)  # the application may have committed explicitly
+            else:
+                await unit._finish_tail()
+        except BaseException:
+            await abandon(unit)
+            raise
         finally:
             # a server may make a connection's next request from within this one's context: let no chain grow
             self._current.set(outer)

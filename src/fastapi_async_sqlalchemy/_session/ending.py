@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.exc import IllegalStateChangeError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .state import StatefulSession
 
 
-def release(session: StatefulSession) -> None:
+def release(session: Session) -> None:
     """Give the connection of a transaction that only read back; for ``run_sync()``.
 
     Unlike ``rollback()`` this expires nothing, and it is no outcome to the hooks.
     """
-    take_turn(session, "release", lambda: _release(session))
+    watched = cast("StatefulSession", session)
+    take_turn(watched, "release", _release, watched)
 
 
 def _release(session: StatefulSession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import current_task
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -70,6 +71,7 @@ class JoinedBlock:
     task: asyncio.Task[Any] | None
     broken: bool = False
     """The transaction was rolled back in the middle of it."""
+    ended: asyncio.Event = Factory(asyncio.Event)
 
     def elsewhere(self) -> bool:
         """Whether it runs in another task than the current one."""
@@ -129,6 +131,13 @@ class SessionState:
         """Whether another task is in the middle of an operation."""
         return self.holder is not None and self.holder is not current_task()
 
+    async def joined_ended(self, patience: float | None) -> None:
+        """Wait until the blocks of other tasks that have joined are left, or for so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while elsewhere := [block for block in self.joined if block.elsewhere()]:
+                    await elsewhere[0].ended.wait()
+
     async def idle(self) -> None:
         """Wait until no other task is in the middle of an operation."""
         while self.busy():
@@ -166,6 +175,17 @@ class SessionState:
                 self.shared.name,
                 type(context.original_exception).__name__,
             )
+
+
+@define(eq=False, repr=False)
+class LateState:
+    """Makes the state of a session that is first asked for it, and is passed over from then on."""
+
+    shared: Shared
+
+    def __get__(self, session: StatefulSession, _: type[StatefulSession]) -> SessionState:
+        session._fastapi_async_sqlalchemy = state = SessionState(self.shared)
+        return state
 
 
 class StatefulSession(Session):

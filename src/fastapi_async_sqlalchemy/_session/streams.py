@@ -53,10 +53,11 @@ def watch_stream(session: StatefulSession, result: object) -> None:
     """Remember that a result is still to be read, and which session it belongs to if that fails."""
     state = session._fastapi_async_sqlalchemy
     state.streamed = False
-    scalars: Any = result
-    found: Any = result if isinstance(result, Result) else getattr(scalars, "_real_result", None)
+    found: Any = result
+    if not _is(Result, found):
+        found = getattr(found, "_real_result", None)  # of a ScalarResult, which has no public name for it
     raw: Any = getattr(found, "raw", found)
-    if not isinstance(raw, CursorResult):
+    if not _is(CursorResult, raw):
         return  # it came from memory
     cursor: CursorResult[Any] = raw
     held: Any = cursor.context if cursor is found else found
@@ -64,3 +65,8 @@ def watch_stream(session: StatefulSession, result: object) -> None:
     state.streams += (stream,)
     state.shared.connections[cursor.connection] = ref(session)
     state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered
+
+
+def _is(kind: type[object], value: object) -> bool:
+    """Whether a value is of a kind; type checkers would take the kind's parameters for unknown."""
+    return isinstance(value, kind)

@@ -39,15 +39,15 @@ _STREAM_LEFT: Final = (
 _FLUSH_FAILED: Final = "a flush in it failed and it has been rolled back"
 
 
-def take_turn(session: StatefulSession, name: str, call: Callable[[], T]) -> T:
+def take_turn(session: StatefulSession, name: str, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run an operation when no other task is in the middle of one; refuse it otherwise."""
     state = session._fastapi_async_sqlalchemy
     task = task_at_work()
     if (state.holder is not None or state.closed) and _reenter(state, task, name):
-        return call()
+        return call(*args, **kwargs)
     outer = _enter(state, session, task, name)
     try:
-        result = call()
+        result = call(*args, **kwargs)
     except BaseException as error:
         _translate(state, error)
         raise
@@ -66,7 +66,7 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
-        return take_turn(session, name, lambda: method(session, *args, **kwargs))
+        return take_turn(session, name, method, session, *args, **kwargs)
 
     return operation
 

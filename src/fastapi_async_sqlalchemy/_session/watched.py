@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
 from .outcome import decide_rollback, end_committed, follow, require_commit
-from .state import SessionState, StatefulSession, has_written, pending
+from .state import LateState, StatefulSession, has_written, pending
 from .turns import take_turn
 
 if TYPE_CHECKING:
@@ -116,20 +116,6 @@ class WatchedSession(StatefulSession):
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
 
-    def __del__(self) -> None:
-        inherited = getattr(super(), "__del__", None)
-        if inherited is not None:
-            inherited()
-        state = self.__dict__.get("_fastapi_async_sqlalchemy")
-        if state is not None and not state.closed and hasattr(self, "hash_key") and self.in_transaction():
-            warnings.warn(
-                f"A session of {state.shared.name} was garbage-collected with its transaction open: "
-                "leave the unit of work, `async with db():`, before dropping it.",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
-
 
 class OwnedTransaction(SessionTransaction):
     """A transaction or savepoint that user code ends itself: that takes a turn of its session, too."""
@@ -141,7 +127,7 @@ class OwnedTransaction(SessionTransaction):
             super().commit(*args, **kwargs)
             return
         end = partial(super().commit, *args, **kwargs)
-        take_turn(session, "commit", partial(self._commit, session, end))
+        take_turn(session, "commit", self._commit, session, end)
 
     def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
         if self.parent is None and session.in_nested_transaction():
@@ -169,12 +155,12 @@ class OwnedTransaction(SessionTransaction):
 
 def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
     """Make the subclass of a session class for the sessions of one database."""
-
-    def __init__(self: WatchedSession, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class below
-        self._fastapi_async_sqlalchemy = SessionState(shared)
-        super(watched, self).__init__(*args, **kwargs)
-
-    members = {"__init__": __init__, "__module__": base.__module__, "__doc__": base.__doc__}
+    members = {
+        "_fastapi_async_sqlalchemy": LateState(shared),
+        "__del__": _finalizer(getattr(base, "__del__", None)),
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
     for guard, names in _GUARDS:
         for name in names:
@@ -182,3 +168,22 @@ def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
                 setattr(watched, name, guard(getattr(watched, name)))
     follow(watched)
     return cast("type[WatchedSession]", watched)
+
+
+def _finalizer(inherited: Callable[[Session], None] | None) -> Callable[[WatchedSession], None]:
+    """Return a ``__del__`` that warns of a session which was dropped with its transaction open."""
+
+    def finalize(session: WatchedSession) -> None:
+        if inherited is not None:
+            inherited(session)
+        state = session._fastapi_async_sqlalchemy
+        if not state.closed and hasattr(session, "hash_key") and session.in_transaction():
+            warnings.warn(
+                f"A session of {state.shared.name} was garbage-collected with its transaction open: "
+                "leave the unit of work, `async with db():`, before dropping it.",
+                ResourceWarning,
+                stacklevel=2,
+                source=session,
+            )
+
+    return finalize

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -109,7 +109,7 @@ def _on_replica(
     if fallback is not None:
         primary_engine: AsyncEngine | None = None
         if isinstance(fallback, Handle):
-            primary_engine = cast("Handle[Any]", fallback)._database.engine
+            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # mypy finds a cast redundant
         if primary_engine is None or primary_engine is database.engine:
             message = "fallback must be the primary's proxy, which has an engine of its own."
             raise ConfigurationError(message)

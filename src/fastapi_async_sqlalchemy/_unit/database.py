@@ -158,15 +158,7 @@ class Database(Generic[S_co]):
         base: type[Session] = keywords.pop("sync_session_class", None) or class_.sync_session_class
         given: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
         binds = [_sync(bind) for bind in given.values()]
-        if settings.twophase:
-            keywords["twophase"] = True
-            if binds:
-                message = (
-                    "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
-                )
-                raise ConfigurationError(message)
-        if settings.read_only and keywords.get("twophase"):
-            require_read_only_twophase(engine)
+        _apply_twophase(settings, engine, keywords)
         require_fitting(class_, base, engine, keywords)
         route = None
         if settings is not PLAIN:
@@ -176,14 +168,14 @@ class Database(Generic[S_co]):
         for bind in binds:
             self._watch.listen(bind.engine)
         resets_on_close = keywords.pop("close_resets_only", True)
-        watched = self._watch.session_class(base)
-        create = functools.partial(
-            class_, engine, **keywords, close_resets_only=False, sync_session_class=watched
-        )
+        keywords |= {"close_resets_only": False, "sync_session_class": self._watch.session_class(base)}
+
+        create = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
+        if route is None and resets_on_close:
+            return create
 
         def make() -> S_co:
-            session = cast("S_co", create())
-            session.sync_session_class = base  # as it was given
+            session = create()
             if route is not None:
                 route.apply(session)
             if not resets_on_close:
@@ -211,6 +203,17 @@ class UnitConfig(Generic[S_co]):
     limits: Limits | None = None
     commit_on_exit: bool = False
     """What their ends do, and the units of their child tasks, unless they are told otherwise."""
+
+
+def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords: dict[str, Any]) -> None:
+    """Turn two-phase commit on where it is asked for, and refuse what does not go with it."""
+    if settings.twophase:
+        keywords["twophase"] = True
+        if keywords.get("binds"):
+            message = "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
+            raise ConfigurationError(message)
+    if settings.read_only and keywords.get("twophase"):
+        require_read_only_twophase(engine)
 
 
 def _sync(bind: AsyncEngine | AsyncConnection) -> Engine | Connection:

@@ -142,7 +142,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
         if self.joined is None:
             return await self.new.__aenter__()
         self.block.task = task_at_work()
-        self.joined._joined.append(self.block)
+        self.joined._join(self.block)
         if self.propagation == "nested":
             self.savepoint = self.joined.savepoint()
             await self.savepoint.__aenter__()
@@ -154,7 +154,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
         if self.joined is None:
             await self.new.__aexit__(kind, error, trace)
             return
-        self.joined._joined.remove(self.block)
+        self.joined._leave(self.block)
         if self.block.broken and error is None:
             error = UnexpectedRollbackError(self.new.database.name, BROKEN, OWN_UNIT)
             await self._leave(error)

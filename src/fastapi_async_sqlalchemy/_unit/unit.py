@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from attrs import define, field
 from sqlalchemy.exc import PendingRollbackError
@@ -37,6 +37,12 @@ class Phase(Enum):
     CLOSED = auto()
 
 
+FRESH: Final = Phase.FRESH
+OPEN: Final = Phase.OPEN
+CLOSED: Final = Phase.CLOSED
+"""Looked up once: an enumeration's members are slow to come to."""
+
+
 @define(eq=False, repr=False, weakref_slot=False)
 class UnitOfWork(Place[S_co]):
     """Owns at most one session and settles its transactions.
@@ -49,19 +55,19 @@ class UnitOfWork(Place[S_co]):
     _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
     _scope: Scope | None = field(default=None, kw_only=True, alias="scope")
     """The ASGI scope of the request that it belongs to."""
-    _watched: StatefulSession | None = field(default=None, init=False)
+    _watched: StatefulSession | None = None
     """The synchronous side of the opened session, which carries its state."""
-    _phase: Phase = field(default=Phase.FRESH, init=False)
-    _hooks: Hooks | None = field(default=None, init=False)
+    _phase: Phase = FRESH
+    _hooks: Hooks | None = None
     """Made with the session, so that whoever has hooks has a session."""
-    _joined: list[JoinedBlock] = field(factory=list["JoinedBlock"], init=False)
+    _joined: list[JoinedBlock] | None = None
     """The blocks that have joined it and are open."""
-    _info: dict[str, Any] | None = field(default=None, init=False)
+    _info: dict[str, Any] | None = None
 
     @property
     def closed(self) -> bool:
         """Whether the unit has ended."""
-        return self._phase is Phase.CLOSED
+        return self._phase is CLOSED
 
     @property
     def session(self) -> S_co:
@@ -169,6 +175,20 @@ class UnitOfWork(Place[S_co]):
     def _here(self) -> Self:
         return self
 
+    def _join(self, block: JoinedBlock) -> None:
+        """Take note of a block that joins the unit."""
+        if self._joined is None:
+            self._joined = []
+            if self._watched is not None:
+                self._watched._fastapi_async_sqlalchemy.joined = self._joined
+        self._joined.append(block)
+
+    def _leave(self, block: JoinedBlock) -> None:
+        """Take note that a block which joined the unit has been left."""
+        if self._joined is not None:
+            self._joined.remove(block)
+        block.ended.set()
+
     def _belongs_to(self, scope: Scope) -> bool:
         """Whether this is the unit of a request, also where a middleware has copied the scope since."""
         own = self._scope
@@ -179,15 +199,16 @@ class UnitOfWork(Place[S_co]):
 
     def _open(self) -> S_co:
         """Make the session."""
-        if self._phase is Phase.CLOSED:
+        if self._phase is CLOSED:
             raise UnitClosedError(self._database.name)
         config = self._config
         make = config.make or config.database.new_session
         self.opened = opened = make()
-        self._phase = Phase.OPEN
+        self._phase = OPEN
         self._watched = cast("StatefulSession", opened.sync_session)
         state = self._watched._fastapi_async_sqlalchemy
-        state.joined = self._joined
+        if self._joined is not None:
+            state.joined = self._joined
         if config.limits is not None:
             state.limit(Checkout(config.database.name, config.limits))
         if isinstance(self._outer, UnitOfWork):

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from .._session.ending import resume
 from .._unit.place import Place, around
-from .._unit.settling import Decision, abandon, finish, finish_idle, roll_back, settle
+from .._unit.settling import Decision, Outcome, finish, roll_back, settle
 from .._unit.unit import UnitOfWork
 from ..exceptions import PartialCommitError
 from .failure import answer, drop, keep
@@ -19,7 +19,7 @@ from .failure import answer, drop, keep
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from .._session.state import StatefulSession
     from .._unit.database import Database
@@ -43,45 +43,16 @@ class RequestUnit(UnitOfWork[Any]):
     _outer_exception: BaseException | None = field(init=False)
     _app: object = field(init=False)
     """The application, whose exception handlers may answer for a failed commit."""
-    _failure: Exception | None = field(default=None, init=False)
+    _failure: Exception | None = None
     """Why the response was abandoned: its commit failed."""
-    _standing: Decision | None = field(default=None, init=False)
+    _standing: Decision | None = None
     """The decision of the response's start, where it holds for the rest as well."""
-    _sent: Literal["nothing", "start", "end", "all", "cut"] = field(default="nothing", init=False)
+    _sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
     """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
-    _received: tuple[Message, ...] = field(default=(), init=False)
+    _received: tuple[Message, ...] = ()
     """The request's body, as far as the application has asked for it."""
-    _committed: list[Database[Any]] | None = field(default=None, init=False)
+    _committed: list[Database[Any]] | None = None
     """The databases that middlewares inside have committed."""
-
-    async def _serve(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the application inside, and close the unit whatever becomes of it."""
-        self._outer_exception = sys.exception()
-        self._app = scope.get("app")  # before a mounted application puts itself there
-        try:
-            try:
-                await app(scope, self._receive, self._send)
-                if self._failure is not None:
-                    raise self._failure  # noqa: TRY301  # the application has swallowed it
-            except Exception:  # middlewares outside see that the answer handles it
-                if self._failure is None:
-                    raise
-                await answer(
-                    self._failure,
-                    self._app,
-                    scope,
-                    replay=self._replay,
-                    receive=self._listen,
-                    send=self._forward,
-                )
-            session = self._watched
-            if finish_idle(self):
-                self._note_commit(session)  # the application may have committed explicitly
-            else:
-                await self._finish_tail()
-        except BaseException:
-            await abandon(self)
-            raise
 
     def _send(self, message: Message) -> Awaitable[None]:
         """Settle the unit before the response starts, note the response's end, pass everything on."""
@@ -109,7 +80,7 @@ class RequestUnit(UnitOfWork[Any]):
             session._fastapi_async_sqlalchemy.settling = True
         try:
             decision = self._policy.response(message["status"], exception)
-            held = await settle(self, decision)
+            held = await settle(self, decision) is Outcome.HELD
         except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
             self._failure = failure = self._reported(error)
             self._sent = "cut"
@@ -152,6 +123,11 @@ class RequestUnit(UnitOfWork[Any]):
         self._received = tuple(rest)
         return message
 
+    async def _answer(self) -> None:
+        """Answer for the failed commit."""
+        scope, failure = cast("Scope", self._scope), cast("Exception", self._failure)
+        await answer(failure, self._app, scope, replay=self._replay, receive=self._listen, send=self._forward)
+
     async def _finish_tail(self) -> None:
         """Settle what the tail began, or what its owner still holds, and close the unit."""
         decision = Decision.ROLLBACK
@@ -182,8 +158,7 @@ class RequestUnit(UnitOfWork[Any]):
         """
         scope = cast("Scope", self._scope)
         for bound in copy_context().values():
-            innermost = cast("Place[Any]", bound) if isinstance(bound, Place) else None
-            for place in around(innermost):
+            for place in around(bound if isinstance(bound, Place) else None):  # pyright: ignore[reportUnknownArgumentType]  # mypy finds a cast redundant
                 if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
                     yield place
 
