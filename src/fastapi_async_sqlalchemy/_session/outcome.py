@@ -70,7 +70,8 @@ def _before_commit(session: StatefulSession) -> None:
     if state.hooks is not None:
         state.hooks.refuse_commit()
         await_only(state.hooks.before_commit())
-    require_commit(session)
+    if state.ledger.failure is not None or state.joined or state.hooks is not None:
+        require_commit(session)
     state.committing = True
 
 
@@ -139,7 +140,7 @@ def end_committed(session: StatefulSession) -> None:
 
 def _after_transaction_end(session: StatefulSession, transaction: SessionTransaction) -> None:
     state = session._fastapi_async_sqlalchemy
-    if transaction.parent is None:
+    if not session.in_transaction():
         _end_root(session, state)
     elif transaction.nested:
         released, state.released = state.released, False

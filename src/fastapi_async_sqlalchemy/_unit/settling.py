@@ -79,7 +79,8 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
     opened, session = unit.opened, unit._watched
     if opened is None or session is None:
         return Outcome.KEPT
-    if last or decision is Decision.COMMIT:
+    state = session._fastapi_async_sqlalchemy
+    if state.holder is not None or state.streams or state.joined or unit._hooks is not None:
         decision = await _prepare(unit, opened, session, decision, last=last)
     action = _choose(unit, session, decision, last=last)
     if action is HOLD:
