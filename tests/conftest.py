@@ -28,6 +28,12 @@ def postgresql_server() -> Iterator[URL]:
 
 
 @pytest.fixture(scope="session")
+def psycopg_server(postgresql_server: URL) -> URL:
+    """The PostgreSQL of this test run, by psycopg."""
+    return postgresql_server.set(drivername="postgresql+psycopg")
+
+
+@pytest.fixture(scope="session")
 def mariadb_server() -> URL:
     """The MariaDB that answers; without one the tests are skipped, but not where CI is set."""
     try:
@@ -57,6 +63,12 @@ def databases() -> Iterator[ExitStack]:
 def postgresql_url(postgresql_server: URL, databases: ExitStack) -> str:
     """An empty PostgreSQL database, by asyncpg."""
     return databases.enter_context(fresh_database(postgresql_server))
+
+
+@pytest.fixture
+def psycopg_url(psycopg_server: URL, databases: ExitStack) -> str:
+    """An empty PostgreSQL database, by psycopg."""
+    return databases.enter_context(fresh_database(psycopg_server))
 
 
 @pytest.fixture

@@ -94,7 +94,9 @@ class Side:
         """End the server's side of a connection, and wait until it has ended."""
         driver: Any = connection.connection.driver_connection
         if self.is_postgresql:
-            await self.judge.execute(f"SELECT pg_terminate_backend({driver.get_server_pid()}, 10000)")
+            by_psycopg = self.engine.driver == "psycopg"
+            backend: int = driver.info.backend_pid if by_psycopg else driver.get_server_pid()
+            await self.judge.execute(f"SELECT pg_terminate_backend({backend}, 10000)")
         else:
             await self.judge.execute(f"KILL {driver.thread_id()}")
             await self.alone(driver.thread_id())

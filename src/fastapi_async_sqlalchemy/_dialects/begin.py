@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from attrs import asdict, frozen
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from .._arguments.checks import ISOLATION_LEVELS
 from ..exceptions import ConfigurationError
@@ -62,6 +64,8 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
     if settings.twophase:
         derived.sync_engine.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
+        if dialect.driver == "psycopg":
+            _name_late(named)
     if settings.isolation_level is not None:
         event.listen(derived.sync_engine, "begin", _isolation_begin(settings.isolation_level))
         event.listen(derived.sync_engine, "begin_twophase", _isolation_begin(settings.isolation_level))
@@ -73,6 +77,31 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
         event.listen(derived.sync_engine, "begin", begin)
         event.listen(engine.sync_engine.pool, "reset", restore)
     return derived
+
+
+def _name_late(dialect: Any) -> None:
+    """Have a copy of psycopg's dialect send the statements of a two-phase commit as the others do.
+
+    Its own functions name a transaction when it begins, and its witness gets its name when it is prepared.
+    """
+    dialect.do_begin_twophase = partial(PGDialect.do_begin_twophase, dialect)
+    dialect.do_prepare_twophase = partial(PGDialect.do_prepare_twophase, dialect)
+    dialect.do_commit_twophase = partial(_finish_prepared, dialect, PGDialect.do_commit_twophase)
+    dialect.do_rollback_twophase = partial(_finish_prepared, dialect, PGDialect.do_rollback_twophase)
+
+
+def _finish_prepared(
+    dialect: PGDialect, finish: Callable[..., None], connection: Connection, xid: str, is_prepared: bool
+) -> None:
+    """Finish a transaction; one that is prepared in autocommit, since psycopg would begin another before."""
+    driver: Any = connection.connection.dbapi_connection
+    if is_prepared:
+        driver.set_autocommit(True)
+    try:
+        finish(dialect, connection, xid, is_prepared)
+    finally:
+        if is_prepared and not driver.closed:
+            driver.set_autocommit(False)
 
 
 def commits_by_itself(engine: AsyncEngine) -> bool:
