@@ -96,6 +96,13 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "asyncmy", "sqlite"])
+def driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty database by each driver in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
 @pytest.fixture
 async def judge_for(databases: ExitStack) -> AsyncIterator[JudgeFor]:
     """A function that opens a judge of a database, to be awaited; all are closed when the test ends."""

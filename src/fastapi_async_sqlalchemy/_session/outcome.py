@@ -33,6 +33,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
     """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
     state = session._fastapi_async_sqlalchemy
     state.committing = False
+    state.end_exposed()
     if state.hooks is not None:
         if lifts_marks:
             state.hooks.marks.clear()
@@ -59,6 +60,7 @@ def _before_commit(session: StatefulSession) -> None:
         state.hooks.refuse_commit()
     if state.ledger.failure is not None:
         _refuse_silent_rollback(state.ledger, state.shared.name)
+    state.wait_for_exposed()
     state.committing = True
 
 

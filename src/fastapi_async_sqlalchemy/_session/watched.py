@@ -91,7 +91,7 @@ class WatchedSession(StatefulSession):
             bind = self.get_bind(**(bind_arguments or {}))
             connection = state.checkout.connect(bind, connect, state.outer_holds)
         state.shared.connections[connection] = ref(self)
-        state.exposed = True
+        state.expose(connection)
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature

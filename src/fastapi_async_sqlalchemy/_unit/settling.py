@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from sqlalchemy.orm import Session
 
 from .._session.cancellation import clear_frames, to_completion
-from .._session.ending import discard_in_use, end, interrupt, release
+from .._session.ending import discard_in_use, end, release
 from .._session.state import has_written, held_by_owner, pending
 from ..exceptions import UnexpectedRollbackError
 from .unit import Phase
@@ -217,8 +217,6 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
     state = session._fastapi_async_sqlalchemy
     try:
         if session.in_transaction():
-            if state.exposed:
-                await interrupt(opened)
             session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
             await opened.rollback()
     except Exception:  # whatever it is, the transaction is not committed
