@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from subprocess import PIPE
@@ -300,20 +300,36 @@ async def test_young_ones_are_left_alone(group: Group) -> None:
     assert await group.prepared() == 2
 
 
+@each_group([*PAIRS, *DRIVERS])
+async def test_clocks_of_machines(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How old a transaction is, the servers' clocks say: neither the application's nor the command's."""
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, -3600))
+    assert await leave_behind(group) == 2
+    assert await recover(*(side.engine for side in group.sides)) == []
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, 7200))
+    assert await recover(*(side.engine for side in group.sides)) == []
+    assert await group.prepared() == 2
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, -7200))
+    assert [one.committed for one in await group.recover()] == [True, True]
+
+
+def _clock(clock: Callable[[], float], ahead: float) -> float:
+    return clock() + ahead
+
+
 @each_group([MIXED])
 async def test_age_is_told_once(group: Group) -> None:
     """A transaction that comes of age while recovery looks around is not seen in parts."""
     assert await leave_behind(group) == 2
-    began = min(int(name.split("_")[1]) for side in group.sides for name in side.names)
     for first, second in (group.sides, group.sides[::-1]):
-        of_age = time.time() + 0.3
+        of_age = max([await side.age() for side in group.sides]) + 0.3
 
-        def wait(*_: object, of_age: float = of_age) -> None:
-            while time.time() < of_age + 0.01:
-                await_only(asyncio.sleep(0.01))
+        def wait(*_: object, second: Side = second, of_age: float = of_age) -> None:
+            while await_only(second.age()) < of_age:
+                pass
 
         event.listen(second.engine.sync_engine, "checkout", wait)
-        assert await recover(first.engine, second.engine, older_than=of_age - began) == []
+        assert await recover(first.engine, second.engine, older_than=of_age) == []
         event.remove(second.engine.sync_engine, "checkout", wait)
     assert await group.prepared() == 2
 
