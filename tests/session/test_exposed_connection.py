@@ -1,4 +1,4 @@
-"""A task that uses the session's own connection: whatever ends the unit, it neither waits for ever nor harms."""
+"""A task that uses the session's own connection: whatever ends the unit, it does not wait for ever."""
 
 import asyncio
 from collections.abc import AsyncIterator
