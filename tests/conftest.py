@@ -28,6 +28,12 @@ def postgresql_server() -> Iterator[URL]:
 
 
 @pytest.fixture(scope="session")
+def psycopg_server(postgresql_server: URL) -> URL:
+    """The PostgreSQL of this test run, by psycopg."""
+    return postgresql_server.set(drivername="postgresql+psycopg")
+
+
+@pytest.fixture(scope="session")
 def mariadb_server() -> URL:
     """The MariaDB that answers; without one the tests are skipped, but not where CI is set."""
     try:
@@ -60,6 +66,12 @@ def postgresql_url(postgresql_server: URL, databases: ExitStack) -> str:
 
 
 @pytest.fixture
+def psycopg_url(psycopg_server: URL, databases: ExitStack) -> str:
+    """An empty PostgreSQL database, by psycopg."""
+    return databases.enter_context(fresh_database(psycopg_server))
+
+
+@pytest.fixture
 def mariadb_url(mariadb_server: URL, databases: ExitStack) -> str:
     """An empty MariaDB database, by aiomysql unless TEST_MARIADB_URL names another driver."""
     return databases.enter_context(fresh_database(mariadb_server))
@@ -80,6 +92,13 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """An empty database on each of the three in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "asyncmy", "sqlite"])
+def driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty database by each driver in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 

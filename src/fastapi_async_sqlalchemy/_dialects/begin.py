@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from attrs import asdict, frozen
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.sql import text
 
 from .._arguments.checks import ISOLATION_LEVELS
 from ..exceptions import ConfigurationError
+from .statements import dated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +52,10 @@ _SET_SESSION: Final = frozenset({"mysql", "mariadb"})
 _RESTORE_LEVEL: Final = "fastapi_async_sqlalchemy.restore_level"
 _RESTORE_ACCESS: Final = "fastapi_async_sqlalchemy.restore_access"
 _ACCESS: Final = "fastapi_async_sqlalchemy.access"
+CLOCK: Final = text("SELECT @@timestamp")
+"""Asks MariaDB for its time in seconds since 1970, whatever the time zone."""
+XID: Final = "fastapi_async_sqlalchemy.xid"
+"""The name of the two-phase transaction that was begun last on a connection of MariaDB's."""
 _QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
 
 
@@ -62,6 +70,10 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
     if settings.twophase:
         derived.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
+        if dialect.driver == "psycopg":
+            _name_late(named)
+        elif dialect.name in _SET_SESSION:
+            _date_by_server(named)
     if settings.isolation_level is not None:
         event.listen(derived, "begin", _isolation_begin(settings.isolation_level))
         event.listen(derived, "begin_twophase", _isolation_begin(settings.isolation_level))
@@ -73,6 +85,43 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
         event.listen(derived, "begin", begin)
         event.listen(engine.pool, "reset", restore)
     return derived
+
+
+def _name_late(dialect: Any) -> None:
+    """Have a copy of psycopg's dialect send the statements of a two-phase commit as asyncpg's does.
+
+    Its own functions name a transaction when it begins, but the witness gets its name when it is prepared.
+    """
+    for name in ("do_begin_twophase", "do_prepare_twophase"):
+        setattr(dialect, name, partial(getattr(PGDialect, name), dialect))
+    for name in ("do_commit_twophase", "do_rollback_twophase"):
+        setattr(dialect, name, partial(_finish_prepared, partial(getattr(PGDialect, name), dialect)))
+
+
+def _finish_prepared(finish: Callable[..., None], connection: Connection, xid: str, *prepared: bool) -> None:
+    """Finish a transaction; one that is prepared in autocommit, since psycopg would begin another before."""
+    driver: Any = connection.connection.dbapi_connection
+    if prepared[0]:
+        driver.set_autocommit(True)
+    try:
+        finish(connection, xid, *prepared)
+    finally:
+        if prepared[0] and not driver.closed:
+            driver.set_autocommit(False)
+
+
+def _date_by_server(dialect: Any) -> None:
+    """Have a copy of MariaDB's dialect put the server's time into the names of two-phase transactions.
+
+    XA RECOVER does not tell how old one is, and another machine must know.
+    """
+    begin = dialect.do_begin_twophase
+
+    def begin_dated(connection: Connection, xid: str) -> None:
+        connection.info[XID] = dated(xid, int(connection.execute(CLOCK).scalar_one()))
+        begin(connection, connection.info[XID])
+
+    dialect.do_begin_twophase = begin_dated
 
 
 def commits_by_itself(engine: AsyncEngine | Engine) -> bool:

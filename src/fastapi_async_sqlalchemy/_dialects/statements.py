@@ -32,3 +32,9 @@ def has_writing_part(statement: str) -> bool:
 def decides(statement: str, xid: str) -> bool:
     """Whether it decides the transaction of that name: to prepare does so for the witness alone."""
     return statement.startswith(_COMMITS) or (xid.endswith("w") and statement.startswith(_PREPARES))
+
+
+def dated(xid: str, seconds: int) -> str:
+    """Return the name of the transaction as it is when it begins at that time, in seconds since 1970."""
+    kind, _, rest = xid.split("_", 2)
+    return f"{kind}_{seconds}_{rest}"

@@ -44,6 +44,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
     """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
     state = session._fastapi_async_sqlalchemy
     state.committing = False
+    state.end_exposed()
     if state.hooks is not None:
         if lifts_marks:
             state.hooks.marks.clear()
@@ -72,6 +73,8 @@ def _before_commit(session: StatefulSession) -> None:
         await_only(state.hooks.before_commit())
     if state.ledger.failure is not None or state.joined or state.hooks is not None:
         require_commit(session)
+    if state.exposed:
+        state.wait_for_exposed()
     state.committing = True
 
 

@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary, ref
 
 from attrs import Factory, define
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
+from .._dialects.interruption import end_statement, may_be_in_use, statement_end
 from .._dialects.statements import READS, verb_of
 from .ledger import BLANK, Ledger
 from .loops import Loops
@@ -111,8 +113,8 @@ class SessionState:
     """The blocks of the unit that have joined it and are open."""
     committed: bool = False
     """COMMIT was done, and the transaction is about to end."""
-    exposed: bool = False
-    """User code has the connection: a task may be in the middle of a statement on it."""
+    exposed: frozenset[Connection] = frozenset()
+    """The connections that user code has: a task may be in the middle of a statement on one."""
     waiter: asyncio.Future[None] | None = None
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is decided."""
@@ -144,6 +146,28 @@ class SessionState:
             if self.waiter is None:
                 self.waiter = asyncio.get_running_loop().create_future()
             await asyncio.shield(self.waiter)
+
+    def expose(self, connection: Connection) -> None:
+        """Note that user code has a connection."""
+        self.exposed = frozenset(one for one in self.exposed if not one.closed) | {connection}
+
+    def wait_for_exposed(self) -> None:
+        """Wait until no task is in the middle of a statement on a connection that user code has."""
+        for connection in self._exposed_in_use():
+            await_only(statement_end(connection.connection.dbapi_connection))
+
+    def end_exposed(self) -> None:
+        """End the statements on the connections that user code has: the transaction is given up."""
+        for connection in self._exposed_in_use():
+            if not await_only(end_statement(connection.connection.dbapi_connection)):
+                connection.invalidate()
+
+    def _exposed_in_use(self) -> list[Connection]:
+        return [
+            one
+            for one in self.exposed
+            if not (one.closed or one.invalidated) and may_be_in_use(one.connection.dbapi_connection)
+        ]
 
     def streaming(self) -> bool:
         """Whether a result of ``stream()`` or ``stream_scalars()`` is unread and still referenced."""

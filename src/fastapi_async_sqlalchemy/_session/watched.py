@@ -105,7 +105,7 @@ class WatchedSession(StatefulSession):
             bind_arguments = {"bind": self.get_bind(**bind_arguments)}  # SQLAlchemy does not ask for it
         connection = super().connection(bind_arguments, execution_options)
         state.shared.connections[connection] = ref(self)
-        state.exposed = True
+        state.expose(connection)
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature

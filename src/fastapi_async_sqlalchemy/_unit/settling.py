@@ -12,7 +12,7 @@ from sqlalchemy.pool import QueuePool
 
 from .._session import restoring
 from .._session.cancellation import clear_frames, to_completion
-from .._session.ending import discard_in_use, end, interrupt, release
+from .._session.ending import discard_in_use, end, release
 from .._session.state import has_written, held_by_owner, pending
 from ..exceptions import UnexpectedRollbackError
 from .unit import CLOSED
@@ -239,8 +239,6 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
     state = session._fastapi_async_sqlalchemy
     try:
         if session.in_transaction():
-            if state.exposed:
-                await interrupt(opened)
             await opened.run_sync(restoring.roll_back)
     except Exception:  # whatever it is, the transaction is not committed
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
