@@ -14,6 +14,7 @@ from ._proxy import SessionProxy, new_database
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
 from ._web.admission import admission, unavailable
+from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
@@ -94,6 +95,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             raise ConfigurationError(message)
         self.app = app
         self._policy = commit_policy(commit_on_exit, commit_when)
+        self._bodies = KeptBodies() if self._policy.may_commit else None
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
@@ -145,7 +147,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             return
         outer = self._current.get()
         unit = RequestUnit(
-            outer, config=self._config, scope=scope, policy=self._policy, listen=receive, forward=send
+            outer,
+            config=self._config,
+            scope=scope,
+            policy=self._policy,
+            bodies=self._bodies,
+            listen=receive,
+            forward=send,
         )
         self._current.set(unit)
         try:
