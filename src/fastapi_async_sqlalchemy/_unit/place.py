@@ -102,6 +102,9 @@ def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_c
 
 def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
     """Make the variable of one database."""
-    remedy = "open `async with db():` around the work, or call from within a request"
+    remedy = (
+        "open `async with db():` around the work, or call from within a request, where a middleware that "
+        "uses it must be inside of the pair's own, and so be added before that"
+    )
     outside = NoUnit(database=database, where="here", remedy=remedy)
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)
