@@ -6,7 +6,7 @@ from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
 from ._cluster.replica import WalPosition
 from ._pool_status import PoolStatus
-from ._proxy import SessionProxy
+from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
 from ._tasks.fan_out import UnitTaskGroup
 from ._unit.unit import UnitOfWork
@@ -42,6 +42,7 @@ __all__ = [
     "CommitWhen",
     "ConcurrentUseError",
     "ConfigurationError",
+    "DBSessionMeta",
     "EngineAlreadyBoundError",
     "EngineArgs",
     "FastAPIAsyncSQLAlchemyError",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads dependency()'s annotations
 
 from ._arguments.engines import async_engine
@@ -13,6 +14,8 @@ from ._tasks.opening import commit_position, connect, open_scope, session_of_req
 from ._tasks.transactional import F, decorator
 from ._unit.database import Database, S_co
 from ._unit.place import Handle, current_variable
+from ._unit.unit import UnitOfWork
+from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from contextvars import ContextVar
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from ._arguments.checks import IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs
@@ -28,7 +31,19 @@ if TYPE_CHECKING:
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
     from ._unit.place import Place
-    from ._unit.unit import UnitOfWork
+
+
+class _NoSignature:
+    """Refuses the signature of a proxy, which a framework reads that injects arguments."""
+
+    def __get__(self, proxy: object, kind: type) -> NoReturn:
+        if proxy is None:
+            raise AttributeError
+        message = (
+            "Depends(db) would make the arguments of db() a part of the request: "
+            "write Depends(db.dependency), which gives the request's session."
+        )
+        raise ConfigurationError(message)
 
 
 class SessionProxy(Handle[S_co]):
@@ -39,6 +54,7 @@ class SessionProxy(Handle[S_co]):
     """
 
     __slots__ = ()
+    __signature__ = _NoSignature()
 
     @property
     def session(self) -> S_co:
@@ -261,8 +277,23 @@ class SessionProxy(Handle[S_co]):
         """Let go of an engine that ``bind()`` took; another one may be bound then."""
         self._database.unbind()
 
+    if not TYPE_CHECKING:  # to type checkers there is no such attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise the error that says where a session's or a unit's attribute is found."""
+            message = f"'SessionProxy' object has no attribute {name!r}"
+            for owner, kind in (("unit", UnitOfWork), ("session", AsyncSession)):
+                if not name.startswith("_") and hasattr(kind, name):
+                    message = f"{message}: write db.{owner}.{name}"
+                    break
+            raise AttributeError(message, name=name, obj=self)
+
     def __repr__(self) -> str:
         return f"<SessionProxy of {self._database.name}>"
+
+
+DBSessionMeta = SessionProxy
+"""The name of release 0.8."""
 
 
 def new_database(

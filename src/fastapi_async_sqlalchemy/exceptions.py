@@ -40,6 +40,8 @@ _START_AGAIN: Final = (
     "`async with db.unit.savepoint():`"
 )
 
+_ANY_USE: Final = "the application's lifespan, `async with db.connect(...)`, `db.unbind()`"
+
 
 class FastAPIAsyncSQLAlchemyError(Exception):
     """Base of every error that this package raises itself.
@@ -83,11 +85,11 @@ class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
     """A second engine was given to a proxy whose first one is still in use."""
 
-    def __init__(self, database: str) -> None:
+    def __init__(self, database: str, holder: str | None = None, remedy: str | None = None) -> None:
+        bound = f", bound by {holder}" if holder else ""
         super().__init__(
-            f"{database} already has an engine in use: give a second database its own pair from "
-            "create_middleware_and_session_proxy(), or end the first use (the application's lifespan, "
-            "`async with db.connect(...)`, `db.unbind()`)."
+            f"{database} already has an engine in use{bound}: give a second database its own pair from "
+            f"create_middleware_and_session_proxy(), or end the first use ({remedy or _ANY_USE})."
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
 
+from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import boolean, paths
-from ._arguments.engines import async_engine, create_engine
-from ._arguments.keywords import session_class_of
+from ._arguments.checks import boolean, mapping, paths
+from ._arguments.engines import async_engine, create_engine, holder, parse
+from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
 from ._unit.database import Database, S_co
@@ -17,6 +20,7 @@ from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
 from ._web.admission import admission, unavailable
+from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
@@ -38,6 +42,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+_END_OF_LIFESPAN: Final = (
+    "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
+)
 _LAST_LIFESPAN_MESSAGES: Final = frozenset(
     {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
 )
@@ -55,7 +64,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     Args:
         app: the application inside.
         db_url: where the database is, by an asyncio driver. Either this or ``custom_engine``, or neither
-            where ``db.bind()`` has given the engine already.
+            where ``db.bind()`` or ``db.connect()`` gives the engine, until the application has started.
         custom_engine: the caller's own engine.
         engine_args: for ``create_async_engine()``, with ``db_url``.
         session_args: for the sessions; ``class_`` is the session class.
@@ -97,22 +106,16 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             raise ConfigurationError(message)
         self.app = app
         self._policy = commit_policy(commit_on_exit, commit_when)
+        self._bodies = KeptBodies() if self._policy.may_commit else None
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
-        self._engine = self._own_or_given(db_url, custom_engine, engine_args)
+        self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
+        self._session_args = session_arguments(session_args)
         self._owned = db_url is not None
-        self._session_args = session_args
-        if self._engine is None and not database.connected:
-            message = "give db_url or custom_engine, or call db.bind(engine) first."
-            raise ConfigurationError(message)
-        pool = (self._engine or database.engine).sync_engine
-        warning = saturation_warning(pool, pool_warn_threshold, pool_warn_interval)
-        if self._engine is not None:
-            database.bind(self._engine, session_args)
-        if warning is not None:
-            warning.watch(database.name, pool)
+        self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
+        self._begin()
         self._in_websocket = NoUnit(
             database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
         )
@@ -122,21 +125,37 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             remedy="take it off exclude_paths, or open `async with db():`",
         )
 
-    @staticmethod
     def _own_or_given(
-        db_url: str | URL | None,
-        custom_engine: AsyncEngine | None,
-        engine_args: EngineArgs | Mapping[str, object] | None,
+        self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
     ) -> AsyncEngine | None:
-        if custom_engine is None:
-            return None if db_url is None else create_engine("db_url", db_url, engine_args)
-        if db_url is not None:
-            message = "db_url and custom_engine exclude each other: give one of them."
+        self._holder = holder("the middleware of an application", _END_OF_LIFESPAN)
+        if db_url is None and engine_args:
+            other = "another engine" if custom_engine is None else "custom_engine"
+            message = f"engine_args go with db_url: {other} has its own already."
             raise ConfigurationError(message)
-        if engine_args is not None:
-            message = "engine_args go with db_url: custom_engine has its own already."
-            raise ConfigurationError(message)
-        return async_engine("custom_engine", custom_engine)
+        if custom_engine is not None:
+            if db_url is not None:
+                message = "db_url and custom_engine exclude each other: give one of them."
+                raise ConfigurationError(message)
+            return async_engine("custom_engine", custom_engine)
+        if db_url is None:
+            if self._session_args:
+                message = "session_args go with an engine: give them to db.bind() or db.connect()."
+                raise ConfigurationError(message)
+            return None
+        source, application = (parse("db_url", db_url), dict(engine_args)), _innermost(self.app)
+        self._holder = evolve(self._holder, source=source, application=application)
+        first = self._database.holder
+        if first is not None and first.application is application and first.source == source:
+            return self._database.engine  # the application has built its stack again
+        return create_engine("db_url", db_url, engine_args)
+
+    def _begin(self) -> None:
+        """Take the engine into use, again after an earlier lifespan's end, or wait for the one that comes."""
+        if self._engine is None:
+            self._database.watch_pool(self._warning)
+        else:
+            self._database.take(self._engine, self._session_args, self._holder, self._warning)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -148,7 +167,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             return
         outer = self._current.get()
         unit = RequestUnit(
-            outer, config=self._config, scope=scope, policy=self._policy, listen=receive, forward=send
+            outer,
+            config=self._config,
+            scope=scope,
+            policy=self._policy,
+            bodies=self._bodies,
+            listen=receive,
+            forward=send,
         )
         unit._outer_exception = sys.exception()
         unit._app = scope.get("app")  # before a mounted application puts itself there
@@ -176,6 +201,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             # a server may make a connection's next request from within this one's context: let no chain grow
             self._current.set(outer)
             unit._outer = None
+            if unit._received:
+                unit._forget_body(())
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -190,22 +217,53 @@ class SQLAlchemyMiddleware(Generic[S_co]):
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispose an engine that was made here before the server hears of the end, and stops its loop."""
+        answered = ended = False
+
+        async def end() -> None:
+            nonlocal ended
+            if not ended:
+                ended = True
+                await self._end()
 
         async def forward(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            if message["type"] == "lifespan.startup.complete" and not self._database.connected:
+                error = (
+                    f"{self._database.name} has no engine though the application has started: give the "
+                    "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
+                    "`async with db.connect(url):` or `db.bind(engine)`."
+                )
+                raise ConfigurationError(error)
             if message["type"] in _LAST_LIFESPAN_MESSAGES:
-                await self._release()
+                await end()
             await send(message)
 
-        if self._engine is not None:
-            self._database.bind(self._engine, self._session_args)  # again, after an earlier lifespan's end
+        self._begin()
         try:
             await self.app(scope, receive, forward)
         finally:
-            await self._release()
+            await end()
+            if not answered:  # it has no lifespan, and may be served all the same
+                self._database.watch_pool(self._warning)
 
-    async def _release(self) -> None:
+    async def _end(self) -> None:
+        """Let the engine go; an error of disposing it changes nothing for the application."""
+        self._database.watch_pool(None)
         if self._engine is not None:
-            await self._database.release(self._engine, owned=self._owned)
+            try:
+                await self._database.release(self._engine, owned=self._owned)
+            except Exception:
+                logger.exception("The engine of %s could not be disposed.", self._database.name)
+
+
+def _innermost(app: object) -> object:
+    """Return what lies below all middlewares: a router, the same each time its application is built."""
+    while True:
+        inner: object = getattr(app, "app", None)
+        if inner is None or inspect.ismethod(inner):  # as a router's own
+            return app
+        app = inner
 
 
 def add_pool_timeout_handler(app: Starlette) -> None:

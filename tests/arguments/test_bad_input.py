@@ -136,8 +136,8 @@ on_replica = partial(of_db, "__call__", wait_for=POSITION)
 
 ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SQLAlchemyMiddleware", "app"): Argument(with_url("app"), FUNCTION | {"a coroutine function"}),
-    ("SQLAlchemyMiddleware", "db_url"): Argument(of_middleware("db_url"), NOTHING),
-    ("SQLAlchemyMiddleware", "custom_engine"): Argument(of_middleware("custom_engine"), NOTHING),
+    ("SQLAlchemyMiddleware", "db_url"): Argument(of_middleware("db_url"), OPTIONAL),
+    ("SQLAlchemyMiddleware", "custom_engine"): Argument(of_middleware("custom_engine"), OPTIONAL),
     ("SQLAlchemyMiddleware", "engine_args"): Argument(with_url("engine_args"), OPTIONAL),
     ("SQLAlchemyMiddleware", "session_args"): Argument(with_url("session_args"), OPTIONAL),
     ("SQLAlchemyMiddleware", "commit_on_exit"): Argument(with_url("commit_on_exit"), FLAG),

@@ -225,11 +225,41 @@ def test_two_engines_are_refused() -> None:
         middleware(app, db_url=URL, custom_engine=an_engine())
 
 
-def test_no_engine_is_refused() -> None:
-    """A middleware without an engine says how to give one."""
+@pytest.mark.parametrize("name", ["engine_args", "session_args"])
+def test_arguments_of_no_engine(name: str) -> None:
+    """Arguments for an engine that comes from elsewhere would be ignored: they are refused."""
     middleware, _ = create_middleware_and_session_proxy()
-    with pytest.raises(ConfigurationError, match=r"give db_url or custom_engine, or call db\.bind\(engine\)"):
-        middleware(app)
+    given: dict[str, Any] = {name: {"echo": True} if name == "engine_args" else {"autoflush": False}}
+    with pytest.raises(ConfigurationError, match=f"^{name} go with "):
+        middleware(app, **given)
+
+
+def test_empty_engine_args_are_none() -> None:
+    """An empty mapping beside a ready engine is no argument; what is no mapping is a mistake there, too."""
+    wrong: Any = 5
+    middleware, db = create_middleware_and_session_proxy()
+    engine = an_engine()
+    middleware(app, custom_engine=engine, engine_args={})
+    db.connect(engine, engine_args={})
+    with pytest.raises(ConfigurationError, match="engine_args must be a mapping"):
+        middleware(app, custom_engine=engine, engine_args=wrong)
+    with pytest.raises(ConfigurationError, match="engine_args must be a mapping"):
+        db.connect(engine, engine_args=wrong)
+
+
+def test_arguments_are_checked_before_an_engine_is_made() -> None:
+    """A wrong argument is told before anything of the user's is made or looked for."""
+    middleware, db = create_middleware_and_session_proxy()
+    made = list[object]()
+    wrong: Any = 5
+    engine_args: Any = {"plugins": [], "json_serializer": str, "creator": made.append, "module": None}
+    for given in ({"session_args": wrong}, {"pool_warn_threshold": wrong}, {"exclude_paths": wrong}):
+        with pytest.raises(ConfigurationError, match=f"^{next(iter(given))} must "):
+            middleware(app, db_url="postgresql+nosuch://", engine_args=engine_args, **given)
+    db.bind(an_engine())
+    with pytest.raises(ConfigurationError, match=r"^session_args must be a mapping"):
+        db.bind(an_engine(), session_args=wrong)
+    assert made == []
 
 
 def test_engine_args_need_a_url() -> None:

@@ -1,20 +1,29 @@
 """The lifespan disposes the engine that the middleware made, however it ends."""
 
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
+from typing import Any
 
 import pytest
 from attrs import Factory, define
 from fastapi import FastAPI
-from sqlalchemy import AsyncAdaptedQueuePool, Pool, literal, select
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy import AsyncAdaptedQueuePool, Engine, NullPool, Pool, event, literal, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
 
-from fastapi_async_sqlalchemy import SessionProxy, create_middleware_and_session_proxy
+from fastapi_async_sqlalchemy import (
+    ConfigurationError,
+    EngineAlreadyBoundError,
+    SessionNotInitialisedError,
+    SessionProxy,
+    create_middleware_and_session_proxy,
+)
 from tests.support.interruption import Exchange
 from tests.support.request_end import LAST, START
 from tests.support.serving import asgi_client, raw_get, run_lifespan, serve
-from tests.support.site import checked_in
+from tests.support.site import checked_in, complaints
 
 POOLED = {"poolclass": AsyncAdaptedQueuePool}
 """Older SQLAlchemy gives SQLite files a pool only where it is asked to."""
@@ -143,3 +152,258 @@ async def test_application_without_lifespan(database_url: str) -> None:
     assert seen == [1, 1]
     assert checked_in(db.engine.pool) == 1
     await db.engine.dispose()
+
+
+# An engine that comes with the lifespan, or does not come
+
+
+def connecting(
+    url: str, how: str, *, engine_args: dict[str, Any] | None = None, **options: Any
+) -> tuple[FastAPI, SessionProxy[AsyncSession], list[AsyncEngine]]:
+    """Make an application whose lifespan connects the engine of its middleware."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    given: Any = engine_args or {}
+    engines = list[AsyncEngine]()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if how == "db.connect()":
+            async with db.connect(url, engine_args=given):
+                engines.append(db.engine)
+                yield
+        elif how == "db.bind()":
+            engine = create_async_engine(url, **given)
+            engines.append(engine)
+            db.bind(engine)
+            yield
+            db.unbind()
+            await engine.dispose()
+        else:
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(middleware, **options)
+
+    @app.get("/")
+    async def route() -> int | None:
+        return await db.session.scalar(select(literal(1)))
+
+    return app, db, engines
+
+
+@pytest.mark.parametrize("how", ["db.connect()", "db.bind()"])
+async def test_engine_from_the_lifespan(database_url: str, how: str) -> None:
+    """A middleware takes the engine that its application's lifespan connects, in each lifespan anew."""
+    app, _, engines = connecting(database_url, how)
+    for _ in range(2):
+        async with asgi_client(app) as client:
+            assert (await client.get("/")).json() == 1
+    first, second = engines
+    assert first is not second
+
+
+@pytest.mark.parametrize("served", [True, False])
+async def test_no_engine_after_the_startup(caplog: pytest.LogCaptureFixture, *, served: bool) -> None:
+    """An application that has started without an engine fails there, and says how to give one."""
+    app, _, _ = connecting("", "not at all")
+    remedy = r"no engine though the application has started: give the middleware db_url or custom_engine"
+    if served:
+        with pytest.raises(RuntimeError, match="failed to start"):
+            async with serve(app):
+                pass
+        assert re.search(remedy, caplog.text)
+    else:
+        with pytest.raises(ConfigurationError, match=remedy):
+            async with run_lifespan(app):
+                pass
+
+
+async def test_no_engine_at_the_first_request() -> None:
+    """Where no lifespan runs, the first request that uses the database says that there is no engine."""
+    app, _, _ = connecting("", "not at all")
+    with pytest.raises(SessionNotInitialisedError, match="has no engine yet"):
+        await Exchange("/").call(app)
+
+
+async def test_threshold_of_an_engine_from_the_lifespan(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A threshold is checked against the engine that comes later, and that is watched while it is used."""
+    pool = {**POOLED, "pool_size": 1, "max_overflow": 0}
+    watch: dict[str, Any] = {"pool_warn_threshold": 1.0, "pool_warn_interval": 1e-9}
+    app, _, engines = connecting(sqlite_url, "db.bind()", engine_args=pool, **watch)
+    for number in (1, 2):
+        async with asgi_client(app) as client:
+            await client.get("/")
+        async with engines[-1].connect():
+            assert len(complaints(caplog)) == number
+        await engines[-1].dispose()
+    app, db, _ = connecting(sqlite_url, "db.bind()", engine_args={"poolclass": NullPool}, **watch)
+    with pytest.raises(ConfigurationError, match="pool_warn_threshold needs a pool with a limit"):
+        async with run_lifespan(app):
+            pass
+    with pytest.raises(SessionNotInitialisedError, match="no engine"):
+        _ = db.engine
+
+
+# A stack that is built again
+
+
+def rebuilt(app: FastAPI, how: str) -> None:
+    """Build an application's stack again, as instrumentation does and templates do."""
+    if how == "OpenTelemetry":
+        app.middleware_stack = app.build_middleware_stack()
+    else:
+        app.middleware_stack = None
+        app.add_middleware(CORSMiddleware, allow_origins=["*"])
+
+
+@pytest.mark.parametrize("how", ["OpenTelemetry", "another middleware"])
+@pytest.mark.parametrize("when", ["in the lifespan", "between requests"])
+async def test_stack_that_is_built_again(sqlite_url: str, how: str, when: str) -> None:
+    """The same URL from the same application is the same engine, disposed once by the lifespan that runs."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    disposed = list[Engine]()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        if when == "in the lifespan":
+            rebuilt(app, how)
+        event.listen(db.engine.sync_engine, "engine_disposed", disposed.append)
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(middleware, db_url=sqlite_url, engine_args=POOLED)
+
+    @app.get("/")
+    async def route() -> int | None:
+        return await db.session.scalar(select(literal(1)))
+
+    async with asgi_client(app) as client:
+        assert (await client.get("/")).json() == 1
+        engine = db.engine
+        if when == "between requests":
+            rebuilt(app, how)
+        assert (await client.get("/")).json() == 1
+        assert db.engine is engine
+    assert disposed == [engine.sync_engine]
+    assert checked_in(engine.pool) == 0
+    async with asgi_client(app) as client:
+        assert (await client.get("/")).json() == 1
+
+
+@pytest.mark.parametrize("other", ["application", "URL", "arguments"])
+async def test_stack_with_another_engine(sqlite_url: str, other: str) -> None:
+    """Another application, or another URL or other arguments of the same one, is a second engine."""
+    middleware, _ = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    middleware(app, db_url=sqlite_url)
+    given: dict[str, Any] = {
+        "app": FastAPI() if other == "application" else app,
+        "db_url": f"{sqlite_url}2" if other == "URL" else sqlite_url,
+        "engine_args": {"echo": None} if other == "arguments" else {},
+    }
+    with pytest.raises(EngineAlreadyBoundError, match="bound by the middleware of an application"):
+        middleware(**given)
+
+
+# An engine that cannot be disposed
+
+
+@pytest.mark.parametrize("failing", ["", "startup", "shutdown"])
+async def test_dispose_that_fails(sqlite_url: str, caplog: pytest.LogCaptureFixture, failing: str) -> None:
+    """An error of disposing the engine is logged, once a lifespan, and the server hears what it should."""
+    life = Life(sqlite_url, "middleware", failing)
+    app, db = life.application()
+    heard, calls = list[str](), list[object]()
+
+    async def eavesdrop(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            heard.append(message["type"].removeprefix("lifespan."))
+            await send(message)
+
+        await app(scope, receive, note)
+
+    def hang_up(engine: Engine) -> None:
+        calls.append(engine)
+        message = "the database hung up"
+        raise OSError(message)
+
+    app.middleware_stack = app.build_middleware_stack()
+    event.listen(db.engine.sync_engine, "engine_disposed", hang_up)
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"no {failing}") if failing else nullcontext():
+            async with run_lifespan(eavesdrop):
+                pass
+    ends = {"startup": ["startup.failed"], "shutdown": ["startup.complete", "shutdown.failed"]}
+    assert heard == ends.get(failing, ["startup.complete", "shutdown.complete"]) * 2
+    records = [record for record in caplog.records if record.name == "fastapi_async_sqlalchemy"]
+    assert [record.levelname for record in records] == ["ERROR"] * 2
+    assert all("hung up" in str(record.exc_info and record.exc_info[1]) for record in records)
+    assert calls == [db.engine.sync_engine] * 2
+
+
+# The watch of the pool
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_each_application_watches_the_pool_for_itself(
+    sqlite_url: str, caplog: pytest.LogCaptureFixture, *, started: bool
+) -> None:
+    """One application after the other warns once of one engine, and none does after its lifespan."""
+    engine = create_async_engine(sqlite_url, **POOLED, pool_size=1, max_overflow=0)
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    for number in range(1, 4):
+        app = FastAPI()
+        app.add_middleware(middleware, custom_engine=engine, pool_warn_threshold=1.0)
+
+        @app.get("/")
+        async def route() -> int | None:
+            return await db.session.scalar(select(literal(1)))
+
+        if started:
+            async with asgi_client(app) as client:
+                await client.get("/")
+            async with engine.connect():
+                pass
+        else:
+            await Exchange("/").call(app)
+        assert len(complaints(caplog)) == number
+    await engine.dispose()
+
+
+async def test_watch_of_an_engine_that_is_unbound(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An engine that was unbound is watched no longer, also after its pool was replaced."""
+    engine = create_async_engine(sqlite_url, **POOLED, pool_size=1, max_overflow=0)
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    middleware(FastAPI(), custom_engine=engine, pool_warn_threshold=1.0, pool_warn_interval=1e-9)
+    for dispose in (False, True):
+        async with engine.connect():
+            assert len(complaints(caplog)) == dispose + 1
+        if dispose:
+            break
+        await engine.dispose()
+    db.unbind()
+    async with engine.connect():
+        pass
+    assert len(complaints(caplog)) == 2
+    await engine.dispose()
+
+
+# What is looked up when it is used
+
+
+async def test_engine_maker_that_was_replaced(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What replaces SQLAlchemy's `create_async_engine` after the import, as tracing does, makes the engines."""
+    made = list[AsyncEngine]()
+
+    def traced(*args: Any, **options: Any) -> AsyncEngine:
+        made.append(create_async_engine(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr("sqlalchemy.ext.asyncio.create_async_engine", traced)
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    async with db.connect(sqlite_url):
+        assert made == [db.engine]
+    middleware(FastAPI(), db_url=sqlite_url)
+    assert made[1:] == [db.engine]

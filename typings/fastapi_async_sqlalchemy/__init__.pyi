@@ -45,6 +45,7 @@ __all__ = [
     "CommitWhen",
     "ConcurrentUseError",
     "ConfigurationError",
+    "DBSessionMeta",
     "EngineAlreadyBoundError",
     "EngineArgs",
     "FastAPIAsyncSQLAlchemyError",
@@ -485,3 +486,5 @@ class SessionProxy(Generic[_S_co]):
     ) -> AbstractAsyncContextManager[SessionProxy[_S_co], None]: ...
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None: ...
     def unbind(self) -> None: ...
+
+DBSessionMeta = SessionProxy

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
+import sysconfig
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+from attrs import frozen
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..exceptions import ConfigurationError
 from .checks import mapping
@@ -15,8 +22,58 @@ from .keywords import EngineArgs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import FrameType
 
 _DRIVERS = "use an asyncio driver, for example postgresql+asyncpg, sqlite+aiosqlite or mysql+aiomysql"
+
+
+_OTHERS: Final = (
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    "<",
+)
+"""Where files lie that are not the user's."""
+
+
+@frozen(eq=False)
+class Holder:
+    """Who has an engine in use."""
+
+    name: str
+    remedy: str
+    """How to end that use."""
+    source: object = None
+    """What the engine was made from."""
+    application: object = None
+    """For whom, where that may ask for the same again."""
+    where: str | None = None
+    """The line of the user's that began the use, in debug mode."""
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.where}" if self.where else self.name
+
+
+def holder(name: str, remedy: str) -> Holder:
+    """Return who takes an engine into use here."""
+    return Holder(name, remedy, where=_user_line() if _debugging() else None)
+
+
+def _debugging() -> bool:
+    """Whether this is asyncio's debug mode, or ``python -X dev``."""
+    with suppress(RuntimeError):  # no loop is running
+        if asyncio.get_running_loop().get_debug():
+            return True
+    return sys.flags.dev_mode or bool(os.environ.get("PYTHONASYNCIODEBUG"))
+
+
+def _user_line() -> str | None:
+    """Return the nearest line that is the user's, or else the test that runs."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OTHERS):
+        frame = frame.f_back
+    if frame is None:  # a TestClient calls the application in a thread of its own
+        return os.environ.get("PYTEST_CURRENT_TEST")
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def place_of(url: URL) -> URL:
@@ -47,7 +104,7 @@ def pgbouncer_engine_args(**connect_args: object) -> EngineArgs:
 
 def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None) -> AsyncEngine:
     """Make an engine, and turn every mistake in its arguments into a ``ConfigurationError``."""
-    parsed = _parse(name, url)
+    parsed = parse(name, url)
     driver = parsed.drivername
     arguments = dict(mapping("engine_args", engine_args))
     try:
@@ -56,7 +113,8 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
         message = f"{name}: SQLAlchemy knows no {driver!r}: {_DRIVERS}."
         raise ConfigurationError(message) from error
     try:
-        return create_async_engine(parsed, **arguments)
+        # looked up now: OpenTelemetry and others replace it, whenever they are switched on
+        return sqlalchemy_asyncio.create_async_engine(parsed, **arguments)
     except InvalidRequestError as error:
         message = f"{name}: {driver!r} is not asynchronous: {_DRIVERS}."
         raise ConfigurationError(message) from error
@@ -85,7 +143,8 @@ def async_engine(name: str, value: object) -> AsyncEngine:
     return value
 
 
-def _parse(name: str, url: object) -> URL:
+def parse(name: str, url: object) -> URL:
+    """Return a URL, checked as far as it can be read."""
     if isinstance(url, URL):
         return url
     if not isinstance(url, str):

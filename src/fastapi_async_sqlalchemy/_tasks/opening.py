@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._arguments.checks import boolean, propagation_of
-from .._arguments.engines import create_engine
+from .._arguments.checks import boolean, mapping, propagation_of
+from .._arguments.engines import create_engine, holder
 from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
 from .._session.checkout import limits_of
 from .._session.state import has_written
@@ -162,7 +162,7 @@ def connect(
 ) -> Connected[P]:
     """Return the block that ``db.connect(...)`` asks for, which hands ``result`` out."""
     if isinstance(url, AsyncEngine):
-        if engine_args is not None:
+        if mapping("engine_args", engine_args):
             message = "engine_args go with a URL: an engine has its own already."
             raise ConfigurationError(message)
         engine = url
@@ -183,7 +183,8 @@ class Connected(Generic[P]):
     owned: bool
 
     async def __aenter__(self) -> P:
-        self.database.bind(self.engine, self.session_args)
+        by = holder("`async with db.connect(...)`", "leave that block")
+        self.database.bind(self.engine, self.session_args, by)
         return self.proxy
 
     async def __aexit__(

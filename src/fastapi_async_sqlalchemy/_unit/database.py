@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 from attrs import Factory, define
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
-from .._arguments.engines import place_of
+from .._arguments.engines import Holder, holder, place_of
 from .._arguments.keywords import require_fitting, session_arguments
 from .._dialects.begin import PLAIN, require_read_only_twophase
 from .._session.loops import running_loop
@@ -34,11 +34,24 @@ if TYPE_CHECKING:
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
 
+class PoolWatcher(Protocol):
+    """Looks at the pool of the engine that is in use."""
+
+    def check(self, engine: Engine) -> None:
+        """Raise ``ConfigurationError`` for an engine that it cannot watch."""
+
+    def begin(self, database: str, engine: Engine) -> None:
+        """Watch an engine, and no longer another one."""
+
+    def end(self) -> None:
+        """Watch nothing."""
+
+
 @define(eq=False, repr=False)
 class Database(Generic[S_co]):
     """One database of a pair: unbound at first, then bound to one engine at a time.
 
-    Who binds an engine ends its use: an engine that was made here is disposed then, a caller's never.
+    Whoever binds an engine ends its use: an engine that was made here is disposed then, a caller's never.
     """
 
     _declared: type[S_co] | None
@@ -46,6 +59,9 @@ class Database(Generic[S_co]):
     """What the transactions of its units have where nothing else is asked."""
     _engine: AsyncEngine | None = None
     _live: bool = False
+    holder: Holder | None = None
+    """Who has the engine in use."""
+    _watcher: PoolWatcher | None = None
     _session_args: dict[str, Any] = Factory(dict[str, Any])
     _make: Callable[[], S_co] | None = None
     _variants: dict[TransactionSettings, Callable[[], S_co]] = Factory(
@@ -91,35 +107,58 @@ class Database(Generic[S_co]):
             raise SessionNotInitialisedError(self.name)
         return self._engine
 
-    def bind(self, engine: AsyncEngine, session_args: object = None) -> None:
+    def bind(self, engine: AsyncEngine, session_args: object = None, by: Holder | None = None) -> None:
         """Take an engine into use, with the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
         arguments that make no session.
         """
-        if self._live and engine is not self._engine:
-            raise EngineAlreadyBoundError(self.name)
+        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher)
+
+    def take(
+        self, engine: AsyncEngine, session_args: object, by: Holder, watcher: PoolWatcher | None
+    ) -> None:
+        """Take an engine into use, with what watches its pool."""
         arguments = session_arguments(session_args)
+        if watcher is not None:
+            watcher.check(engine.sync_engine)
+        if self._live and engine is not self._engine:
+            first = self.holder
+            facts = (str(first), first.remedy) if first is not None else ()
+            raise EngineAlreadyBoundError(self.name, *facts)
         self._make = self._maker(engine, arguments, self.settings)
-        self._engine, self._live, self._session_args = engine, True, arguments
+        self._engine, self._live, self.holder, self._session_args = engine, True, by, arguments
         self._variants.clear()
         self._watch.name = self._label()
         self._watch.listen(engine.sync_engine)
         self._watch.engine = engine.sync_engine
         if (loop := running_loop()) is not None:
             self._watch.loops.bind(loop)
+        self.watch_pool(watcher)
+
+    def watch_pool(self, watcher: PoolWatcher | None) -> None:
+        """Have another one watch the pool, now or as soon as there is an engine; None ends it."""
+        if watcher is not None and self._engine is not None:
+            watcher.check(self._engine.sync_engine)
+        if self._watcher is not None and self._watcher is not watcher:
+            self._watcher.end()
+        self._watcher = watcher
+        if watcher is not None and self._engine is not None:
+            watcher.begin(self.name, self._engine.sync_engine)
 
     async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
         """End an engine's use: dispose it if it was made here; another one may be bound then."""
         if engine is self._engine:
-            self._live = False
+            self._live, self.holder = False, None
         if owned:
             await engine.dispose()
 
     def unbind(self) -> None:
         """Forget the engine."""
-        self._engine, self._live, self._make = None, False, None
+        if self._watcher is not None:
+            self._watcher.end()
         self._watch.engine = None
+        self._engine, self._live, self.holder, self._make = None, False, None, None
         self._variants.clear()
         self._watch.name = self._label()
 

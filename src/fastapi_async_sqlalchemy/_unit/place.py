@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
 
 from attrs import define, field
@@ -81,6 +81,13 @@ def around(place: Place[Any] | None) -> Iterator[Place[Any]]:
         place = place._outer
 
 
+def bound_here() -> Iterator[Place[Any]]:
+    """Yield what the variables of all databases hold here, each with what is around it."""
+    for value in copy_context().values():
+        if isinstance(value, Place):
+            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # mypy finds a cast redundant
+
+
 def open_unit(current: ContextVar[Place[S_co]]) -> UnitOfWork[S_co] | None:
     """Return the open unit that is current here, if any."""
     found = current.get()
@@ -102,6 +109,9 @@ def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_c
 
 def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
     """Make the variable of one database."""
-    remedy = "open `async with db():` around the work, or call from within a request"
+    remedy = (
+        "open `async with db():` around the work, or call from within a request, where a middleware that "
+        "uses it must be inside of the pair's own, and so be added before that"
+    )
     outside: Place[S_co] = NoUnit(database=database, where="here", remedy=remedy)
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)

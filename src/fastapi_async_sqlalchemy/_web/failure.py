@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
+from attrs import Factory, define
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
+from starlette.routing import Route
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,9 +20,15 @@ if TYPE_CHECKING:
 
 _KEPT_PARTS: Final = 256
 _KEPT_BYTES: Final = 1 << 20
-"""The part of a request's body that is kept for the handler of a failed commit."""
-_TOO_LONG: Final = ({"type": "http.disconnect"},)
-"""What that handler is given in place of a longer body, so that it does not wait for what was read."""
+"""The longest body of a request that is kept for the handler of a failed commit."""
+_KEPT_IN_ALL: Final = 64 << 20
+"""The most that one middleware keeps of all its requests."""
+NOT_KEPT: Final[tuple[Message, ...]] = ({"type": "http.disconnect"},)
+"""What that handler is given in place of another body, so that it does not wait for what was read."""
+_OUTSIDE: Final = frozenset[object]({500, Exception})
+"""The keys whose handler is that of Starlette's ServerErrorMiddleware, outside, which also re-raises."""
+_NEVER_READ: Final = frozenset({"starlette", "fastapi", __name__.partition(".")[0]})
+"""The packages whose own handlers answer without reading the request's body."""
 
 
 async def answer(
@@ -41,24 +50,67 @@ async def answer(
 
 def _handler(error: Exception, app: object, scope: Scope) -> Callable[..., Any] | None:
     """Find the handler of an error as Starlette does."""
-    # a mounted application has put itself into the scope: its handlers come first, as for any error;
-    # those for Exception belong to Starlette's ServerErrorMiddleware, outside, which also re-raises
+    # a mounted application has put itself into the scope: its handlers come first, as for any error
     for one in (scope.get("app"), app):
         handlers: Mapping[Any, Callable[..., Any]] = getattr(one, "exception_handlers", {})
-        if isinstance(error, HTTPException) and error.status_code in handlers:
-            return handlers[error.status_code]
-        for class_ in type(error).__mro__:
-            if class_ is not Exception and class_ in handlers:
-                return handlers[class_]
+        keys = (error.status_code,) if isinstance(error, HTTPException) else ()
+        for key in (*keys, *type(error).__mro__):
+            if key not in _OUTSIDE and key in handlers:
+                return handlers[key]
     return ExceptionMiddleware(drop).http_exception if isinstance(error, HTTPException) else None
 
 
-def keep(received: tuple[Message, ...], message: Message) -> tuple[Message, ...]:
-    """Add a part to a request's body, unless the body grows too long."""
-    if received is _TOO_LONG or len(received) >= _KEPT_PARTS:
-        return _TOO_LONG
-    size = sum(len(part.get("body", b"")) for part in (*received, message))
-    return (*received, message) if size <= _KEPT_BYTES else _TOO_LONG
+def may_be_asked(app: object, scope: Scope) -> bool:
+    """Whether a handler that could read the request's body may answer for a failed commit."""
+    applications = [one for one in (scope.get("app"), app) if one is not None]
+    routed = "router" in scope
+    return not applications or any(_reads(one) or not (routed or _is_flat(one)) for one in applications)
+
+
+def _reads(app: object) -> bool:
+    """Whether an application has such a handler."""
+    handlers: Mapping[Any, object] = getattr(app, "exception_handlers", {})
+    return any(
+        key not in _OUTSIDE and getattr(handler, "__module__", "").partition(".")[0] not in _NEVER_READ
+        for key, handler in handlers.items()
+    )
+
+
+def _is_flat(app: object) -> bool:
+    """Whether no other application can be mounted in an application."""
+    routes: list[object] = getattr(app, "routes", [])
+    return all(isinstance(route, Route) for route in routes)
+
+
+@define(eq=False, repr=False)
+class KeptBodies:
+    """The bodies that a middleware keeps for the handlers of failed commits, as parts of each request."""
+
+    size: int = 0
+    _lock: Lock = Factory(Lock)
+    """A middleware may serve several event loops."""
+
+    def keep(self, received: tuple[Message, ...], message: Message) -> tuple[Message, ...]:
+        """Add a part to a request's body, unless that body or all together grow too long."""
+        if received is NOT_KEPT:
+            return received
+        before, size = _size(received), _size((message,))
+        if len(received) < _KEPT_PARTS and before + size <= _KEPT_BYTES:
+            with self._lock:
+                if self.size + size <= _KEPT_IN_ALL:
+                    self.size += size
+                    return (*received, message)
+        self.release(received)
+        return NOT_KEPT
+
+    def release(self, received: tuple[Message, ...]) -> None:
+        """Count a request's body no more."""
+        with self._lock:
+            self.size -= _size(received)
+
+
+def _size(received: tuple[Message, ...]) -> int:
+    return sum(len(part.get("body", b"")) for part in received)
 
 
 async def drop(*_: object) -> None:

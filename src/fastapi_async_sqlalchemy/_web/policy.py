@@ -23,6 +23,11 @@ class CommitPolicy:
     commit_on_exit: bool
     commit_when: CommitWhen | None
 
+    @property
+    def may_commit(self) -> bool:
+        """Whether any response is committed; what user code commits itself needs no decision."""
+        return self.commit_on_exit or self.commit_when is not None
+
     def response(self, status: int, exception: BaseException | None) -> Decision:
         """Decide when the response starts."""
         if self.commit_when is not None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
-from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from attrs import define, field
 
 from .._session.ending import resume
-from .._unit.place import Place, around
+from .._unit.place import bound_here
 from .._unit.settling import Decision, Outcome, finish, roll_back, settle
 from .._unit.unit import UnitOfWork
 from ..exceptions import PartialCommitError
-from .failure import answer, drop, keep
+from .failure import NOT_KEPT, answer, drop, may_be_asked
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .._session.state import StatefulSession
     from .._unit.database import Database
+    from .failure import KeptBodies
     from .policy import CommitPolicy
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -40,6 +41,8 @@ class RequestUnit(UnitOfWork[Any]):
     _policy: CommitPolicy = field(kw_only=True, alias="policy")
     _listen: Receive = field(kw_only=True, alias="listen")
     _forward: Send = field(kw_only=True, alias="forward")
+    _bodies: KeptBodies | None = field(kw_only=True, alias="bodies")
+    """None where no COMMIT of a response can fail."""
     _outer_exception: BaseException | None = field(init=False)
     _app: object = field(init=False)
     """The application, whose exception handlers may answer for a failed commit."""
@@ -50,11 +53,38 @@ class RequestUnit(UnitOfWork[Any]):
     _sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
     """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
     _received: tuple[Message, ...] = ()
-    """The request's body, as far as the application has asked for it."""
+    """The request's body, as far as the application has asked for it before its response started."""
+    _ahead: int = 0
+    """How many messages are on their way that later ones must not overtake, since the start came."""
+    _order: asyncio.Lock | None = None
+    """The queue of those that wait, made by the first one, and held by the start until that has gone out."""
     _committed: list[Database[Any]] | None = None
     """The databases that middlewares inside have committed."""
 
     def _send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on, unless it would overtake another one."""
+        return self._in_turn(message) if self._ahead else self._pass_on(message)
+
+    async def _in_turn(self, message: Message) -> None:
+        """Pass a message on when those that were sent before, from whichever task, have gone out."""
+        self._ahead += 1
+        try:
+            if self._order is None:
+                self._order = asyncio.Lock()
+                await self._order.acquire()  # for the start
+            async with self._order:
+                # the rest of a response whose start was cut short is dropped: another one may come
+                if self._sent != "nothing" or message["type"] == "http.response.start":
+                    await self._pass_on(message)
+        finally:
+            self._leave_queue()
+
+    def _leave_queue(self) -> None:
+        self._ahead -= 1
+        if not self._ahead:
+            self._order = None
+
+    def _pass_on(self, message: Message) -> Awaitable[None]:
         """Settle the unit before the response starts, note the response's end, pass everything on."""
         sent = self._sent
         if sent == "nothing":
@@ -62,6 +92,8 @@ class RequestUnit(UnitOfWork[Any]):
                 self._sent = "start"
                 if self.opened is not None or self._policy.commit_when is not None:
                     return self._start(message, sys.exception())
+                if self._received:
+                    self._forget_body(())
         elif sent == "start":
             if message["type"] in _LAST_OF_A_RESPONSE and not message.get("more_body"):
                 return self._end(message)
@@ -70,16 +102,26 @@ class RequestUnit(UnitOfWork[Any]):
         return self._forward(message)
 
     async def _start(self, message: Message, exception: BaseException | None) -> None:
-        """Settle, then forward at once; a failed commit abandons the response and unwinds the application."""
-        if exception is self._outer_exception:
-            exception = None
+        """Settle, then forward at once; what is sent meanwhile waits, and is dropped if the commit fails."""
+        first = not self._ahead
+        self._ahead += 1
+        try:
+            await self._settle(message["status"], None if exception is self._outer_exception else exception)
+            await self._forward(message)
+        finally:
+            if first and self._order is not None:
+                self._order.release()
+            self._leave_queue()
+
+    async def _settle(self, status: int, exception: BaseException | None) -> None:
+        """Settle for a response; a failed commit abandons it and unwinds the application."""
         session = self._watched
         if session is not None and not (self._hooks or session.in_transaction()):
             session = None  # nothing is awaited for it
         if session is not None:
             session._fastapi_async_sqlalchemy.settling = True
         try:
-            decision = self._policy.response(message["status"], exception)
+            decision = self._policy.response(status, exception)
             held = await settle(self, decision) is Outcome.HELD
         except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
             self._failure = failure = self._reported(error)
@@ -94,11 +136,11 @@ class RequestUnit(UnitOfWork[Any]):
                 session._fastapi_async_sqlalchemy.settling = False
         if held or self._policy.commit_when is not None:
             self._standing = decision
-        self._received = ()
+        if self._received:
+            self._forget_body(())
         if session is not None:
             resume(session)
         self._note_commit(self._watched)
-        await self._forward(message)
 
     async def _end(self, message: Message) -> None:
         """Forward the last message of the body, and note that it went out."""
@@ -110,16 +152,33 @@ class RequestUnit(UnitOfWork[Any]):
         """Pass on what the client sends; that it left is noted, as some middlewares end the body then."""
         message = await self._listen()
         if message["type"] == "http.request":
-            self._received = keep(self._received, message)
+            if self._bodies is not None:
+                self._keep(self._bodies, message)
         elif self._sent == "start":
             self._sent = "cut"
         return message
+
+    def _keep(self, bodies: KeptBodies, message: Message) -> None:
+        """Keep a part of the request's body while the response's commit may fail."""
+        asked = not message.get("body") or may_be_asked(self._app, self._scope or {})
+        if asked and self._sent == "nothing":
+            self._received = bodies.keep(self._received, message)
+        else:
+            self._forget_body(NOT_KEPT)
+
+    def _forget_body(self, rest: tuple[Message, ...]) -> None:
+        """Keep the request's body no longer; ``rest`` is what its handler would be given instead."""
+        if self._bodies is not None:
+            self._bodies.release(self._received)
+        self._received = rest
 
     async def _replay(self) -> Message:
         """Hand the request's body out once more, to the handler of a failed commit."""
         if not self._received:
             return await self._listen()
         message, *rest = self._received
+        if self._bodies is not None:
+            self._bodies.release((message,))
         self._received = tuple(rest)
         return message
 
@@ -157,10 +216,9 @@ class RequestUnit(UnitOfWork[Any]):
         Each is bound to a variable of its own in this very context; the scope may be a copy on either side.
         """
         scope = cast("Scope", self._scope)
-        for bound in copy_context().values():
-            for place in around(bound if isinstance(bound, Place) else None):  # pyright: ignore[reportUnknownArgumentType]  # mypy finds a cast redundant
-                if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
-                    yield place
+        for place in bound_here():
+            if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
+                yield place
 
     def _reported(self, error: Exception) -> Exception:
         """Return the error of a commit, or the one that names the databases which committed before it."""

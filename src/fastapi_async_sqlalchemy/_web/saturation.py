@@ -11,7 +11,7 @@ from sqlalchemy import event
 
 from .._arguments.checks import positive
 from .._session.checkout import pool_status
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, _safe_repr
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -28,14 +28,36 @@ class SaturationWarning:
     threshold: float
     interval: float
     warned: float | None = None
+    _database: str = ""
+    _engine: Engine | None = None
 
-    def watch(self, database: str, engine: Engine) -> None:
+    def check(self, engine: Engine) -> None:
+        """Raise ``ConfigurationError`` for a pool that cannot fill."""
+        if pool_status(engine.pool).capacity is None:
+            kind = type(engine.pool).__name__
+            message = (
+                f"pool_warn_threshold needs a pool with a limit, and this {kind} has none: leave it out, or "
+                "give the engine another pool_size, max_overflow or poolclass (engine_args, with db_url)."
+            )
+            raise ConfigurationError(message)
+
+    def begin(self, database: str, engine: Engine) -> None:
         """Look at every checkout from the engine's pool, also from one that takes its place."""
+        self._database = database
+        if engine is not self._engine:
+            self.end()
+            event.listen(engine, "checkout", self._checkout)
+            self._engine = engine
 
-        def checkout(*_: object) -> None:
-            self.look(database, pool_status(engine.pool))
+    def end(self) -> None:
+        """Look no longer."""
+        if self._engine is not None:
+            event.remove(self._engine, "checkout", self._checkout)
+            self._engine = None
 
-        event.listen(engine, "checkout", checkout)
+    def _checkout(self, *_: object) -> None:
+        if self._engine is not None:
+            self.look(self._database, pool_status(self._engine.pool))
 
     def look(self, database: str, status: PoolStatus) -> None:
         """Warn of what was just checked out."""
@@ -52,20 +74,13 @@ class SaturationWarning:
             )
 
 
-def saturation_warning(engine: Engine, threshold: object, interval: object) -> SaturationWarning | None:
+def saturation_warning(threshold: object, interval: object) -> SaturationWarning | None:
     """Return the warning that a middleware asks for, checked."""
     seconds = positive("pool_warn_interval", interval)
     if threshold is None:
         return None
     part = positive("pool_warn_threshold", threshold)
     if part > 1:
-        wanted = "a part of the pool, at most 1"
-        msg = "pool_warn_threshold"
-        raise ConfigurationError(msg, wanted, threshold)
-    if pool_status(engine.pool).capacity is None:
-        message = (
-            f"pool_warn_threshold needs a pool with a limit, and this {type(engine.pool).__name__} has none: "
-            "leave it out, or give engine_args another pool_size, max_overflow or poolclass."
-        )
+        message = f"pool_warn_threshold must be a part of the pool, at most 1, not {_safe_repr(threshold)}."
         raise ConfigurationError(message)
     return SaturationWarning(part, seconds)
