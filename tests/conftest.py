@@ -1,6 +1,7 @@
 """Fixtures: an empty database for each test, a judge that looks at it from outside, and sites and workers."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -15,9 +16,32 @@ from starlette.middleware import Middleware
 from fastapi_async_sqlalchemy import db
 from tests.support.databases import Judge, JudgeFor, find_mariadb, fresh_database
 from tests.support.databases import postgresql_server as start_postgresql
+from tests.support.mariadb import own_mariadb
 from tests.support.site import MakeSite, Site, open_site
 from tests.support.stage import Stage
 from tests.support.worker import open_worker
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: each process has its share of them at the head of its part."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ordered: list[pytest.Item] = []
+    for part in range(parts):
+        ordered += slow[part::parts]
+        rest = max(0, len(items) * (part + 1) // parts - len(ordered))
+        ordered += others[:rest]
+        del others[:rest]
+    items[:] = ordered
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Have the garbage collector pass by what there is already, and lasts: many tests call it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +58,22 @@ def psycopg_server(postgresql_server: URL) -> URL:
 
 
 @pytest.fixture(scope="session")
-def mariadb_server() -> URL:
-    """The MariaDB that answers; without one the tests are skipped, but not where CI is set."""
+def mariadb_server() -> Iterator[URL]:
+    """The MariaDB that TEST_MARIADB_URL names, one of this run where that is "own", or the one that answers.
+
+    Without any of them the tests are skipped, but not where CI is set.
+    """
+    if os.environ.get("TEST_MARIADB_URL") == "own":
+        with own_mariadb() as url:
+            yield url
+        return
     try:
-        return asyncio.run(find_mariadb())
+        yield asyncio.run(find_mariadb())
     except OperationalError as error:
         reason = f"no MariaDB answers (name one by TEST_MARIADB_URL): {error.orig}"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

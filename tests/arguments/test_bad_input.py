@@ -426,6 +426,7 @@ def leaks(error: BaseException | None) -> list[str]:
     return [] if error is None else [line for line in shown(error).splitlines() if SECRETS.search(line)]
 
 
+@pytest.mark.slow
 async def test_misplaced_url_is_not_quoted() -> None:
     """A URL that is given as another argument by mistake is refused without its password and its query."""
     leaking: set[str] = set()
