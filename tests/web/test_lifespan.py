@@ -394,7 +394,7 @@ async def test_watch_of_an_engine_that_is_unbound(sqlite_url: str, caplog: pytes
 
 
 async def test_engine_maker_that_was_replaced(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What replaces SQLAlchemy's `create_async_engine` after the import, as tracing does, makes the engines."""
+    """What replaces `create_async_engine` after the import, as tracing does, makes the engines."""
     made = list[AsyncEngine]()
 
     def traced(*args: Any, **options: Any) -> AsyncEngine:
