@@ -128,7 +128,8 @@ class Admitted:
     def let_through(self, error: Exception) -> bool:
         """Whether an error is the refusal; a BaseHTTPMiddleware puts it in a group."""
         if isinstance(error, ExceptionGroup):
-            return error.split(lambda one: one is self.refused)[1] is None
+            group: ExceptionGroup[Exception] = error
+            return all(self.let_through(one) for one in group.exceptions)
         return error is self.refused
 
     async def _return(self) -> None:
