@@ -43,7 +43,19 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml README.md LICENSE $(sources)
 
 .PHONY: test
 test: venv ## run the tests against the installed wheel (ARGS="-k name" for some)
-	$(bin)/pytest --numprocesses $(WORKERS) $(ARGS)
+	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+# A few files of each storey that tell most; with the slow tests left out they take less than a minute on two cores.
+QUICK ?= tests/test_architecture.py $(addprefix tests/, \
+	web/test_request.py web/test_request_tail.py web/test_dependency.py web/test_lifespan.py \
+	cluster/test_read_only_pair.py tasks/test_transactional.py tasks/test_gather.py \
+	unit/test_unit.py unit/test_hooks_around.py unit/test_isolation_level.py \
+	session/test_sessions.py dialects/test_conflicts.py arguments/test_options.py \
+	project/test_typing.py project/test_exceptions.py)
+
+.PHONY: quick
+quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
+	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
 .PHONY: demo
 demo: venv ## run the quickstart

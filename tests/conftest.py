@@ -1,6 +1,7 @@
 """Fixtures: an empty database for each test, a judge that looks at it from outside, and sites and workers."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack
@@ -15,9 +16,32 @@ from starlette.middleware import Middleware
 from fastapi_async_sqlalchemy import db
 from tests.support.databases import Judge, JudgeFor, find_mariadb, fresh_database
 from tests.support.databases import postgresql_server as start_postgresql
+from tests.support.mariadb import own_mariadb
 from tests.support.site import MakeSite, Site, open_site
 from tests.support.stage import Stage
 from tests.support.worker import open_worker
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: each process has its share of them at the head of its part."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ordered: list[pytest.Item] = []
+    for part in range(parts):
+        ordered += slow[part::parts]
+        rest = max(0, len(items) * (part + 1) // parts - len(ordered))
+        ordered += others[:rest]
+        del others[:rest]
+    items[:] = ordered
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Have the garbage collector pass by what there is already, and lasts: many tests call it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +52,28 @@ def postgresql_server() -> Iterator[URL]:
 
 
 @pytest.fixture(scope="session")
-def mariadb_server() -> URL:
-    """The MariaDB that answers; without one the tests are skipped, but not where CI is set."""
+def psycopg_server(postgresql_server: URL) -> URL:
+    """The PostgreSQL of this test run, by psycopg."""
+    return postgresql_server.set(drivername="postgresql+psycopg")
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[URL]:
+    """The MariaDB that TEST_MARIADB_URL names, one of this run where that is "own", or the one that answers.
+
+    Without any of them the tests are skipped, but not where CI is set.
+    """
+    if os.environ.get("TEST_MARIADB_URL") == "own":
+        with own_mariadb() as url:
+            yield url
+        return
     try:
-        return asyncio.run(find_mariadb())
+        yield asyncio.run(find_mariadb())
     except OperationalError as error:
         reason = f"no MariaDB answers (name one by TEST_MARIADB_URL): {error.orig}"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +97,12 @@ def postgresql_url(postgresql_server: URL, databases: ExitStack) -> str:
 
 
 @pytest.fixture
+def psycopg_url(psycopg_server: URL, databases: ExitStack) -> str:
+    """An empty PostgreSQL database, by psycopg."""
+    return databases.enter_context(fresh_database(psycopg_server))
+
+
+@pytest.fixture
 def mariadb_url(mariadb_server: URL, databases: ExitStack) -> str:
     """An empty MariaDB database, by aiomysql unless TEST_MARIADB_URL names another driver."""
     return databases.enter_context(fresh_database(mariadb_server))
@@ -80,6 +123,13 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """An empty database on each of the three in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "asyncmy", "sqlite"])
+def driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty database by each driver in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from sqlalchemy.exc import PendingRollbackError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -52,6 +54,12 @@ class FastAPIAsyncSQLAlchemyError(Exception):
         return _restore, (type(self), self.args), self.__dict__
 
 
+def _safe_repr(value: object) -> str:
+    """Return a wrong value as an error may show it: what could hold a password, by its type alone."""
+    text = repr(value)
+    return type(value).__name__ if "://" in text or "@" in text else text
+
+
 def _restore(
     kind: type[FastAPIAsyncSQLAlchemyError], args: tuple[object, ...]
 ) -> FastAPIAsyncSQLAlchemyError:
@@ -63,8 +71,15 @@ def _restore(
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
     """An argument is wrong; raised where it is given, before any request is served.
 
-    The message names the parameter and the remedy, and never shows a password.
+    The message names the parameter and the remedy, and never shows a password. It is built from the
+    parameter's name, the value that it should have and the one that it has; or it is the whole text, where
+    the fact does not fit that form.
     """
+
+    def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None:
+        super().__init__(
+            parameter if wanted is None else f"{parameter} must be {wanted}, not {_safe_repr(value)}."
+        )
 
 
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
@@ -129,9 +144,10 @@ class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         )
 
 
-class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
     """COMMIT was asked for, but the transaction can only be rolled back.
 
+    It is a ``PendingRollbackError`` of SQLAlchemy's, which SQLAlchemy itself raises after a failed flush.
     ``__cause__`` is the error that made it so, where there was one: a statement failed, its error
     was swallowed, and the database had given up the transaction, so that COMMIT would have been a
     silent rollback; or a block that had joined the unit failed, and somebody swallowed its error.

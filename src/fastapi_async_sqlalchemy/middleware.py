@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
 
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import boolean, mapping, paths, shown
+from ._arguments.checks import boolean, mapping, paths
 from ._arguments.engines import async_engine, create_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
+from ._unit.settling import abandon, finish_idle
+from ._unit.unit import CLOSED
 from ._web.admission import admission, unavailable
 from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
-from .exceptions import ConfigurationError, PoolTimeoutError
+from .exceptions import ConfigurationError, PoolTimeoutError, _safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -99,7 +102,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: float = 60.0,
     ) -> None:
         if not callable(app):
-            message = f"app must be an ASGI application, not {shown(app)}."
+            message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
         self._policy = commit_policy(commit_on_exit, commit_when)
@@ -172,13 +175,34 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             listen=receive,
             forward=send,
         )
+        unit._outer_exception = sys.exception()
+        unit._app = scope.get("app")  # before a mounted application puts itself there
         self._current.set(unit)
         try:
-            await unit._serve(self.app, scope)
+            try:
+                await self.app(scope, unit._receive, unit._send)
+                if unit._failure is not None:
+                    raise unit._failure  # noqa: TRY301  # the application has swallowed it
+            except Exception:  # middlewares outside see that the answer handles it
+                if unit._failure is None:
+                    raise
+                await unit._answer()
+            session = unit._watched
+            if session is None:
+                unit._phase = CLOSED
+            elif finish_idle(unit):
+                unit._note_commit(session)  # the application may have committed explicitly
+            else:
+                await unit._finish_tail()
+        except BaseException:
+            await abandon(unit)
+            raise
         finally:
             # a server may make a connection's next request from within this one's context: let no chain grow
             self._current.set(outer)
             unit._outer = None
+            if unit._received:
+                unit._forget_body(())
 
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -250,7 +274,7 @@ def add_pool_timeout_handler(app: Starlette) -> None:
 
 def _require_starlette(app: object) -> None:
     if not isinstance(app, Starlette):
-        message = f"app must be a Starlette or FastAPI application, not {shown(app)}."
+        message = f"app must be a Starlette or FastAPI application, not {_safe_repr(app)}."
         raise ConfigurationError(message)
 
 

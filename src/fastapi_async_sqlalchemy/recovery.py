@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 import re
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,11 @@ from attrs import frozen
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import text
 
-from ._arguments.checks import boolean, positive, shown
+from ._arguments.checks import boolean, positive
 from ._arguments.engines import async_engine, create_engine, place_of
 from ._cluster.branch import Branch, address_of, group_of
-from .exceptions import ConfigurationError
+from ._dialects.begin import CLOCK
+from .exceptions import ConfigurationError, _safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -34,6 +34,10 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 0)
 """Seconds between looks at whether somebody else has finished what cannot be had."""
+_PREPARED = text(
+    "SELECT gid, extract(epoch FROM clock_timestamp() - prepared) FROM pg_prepared_xacts"
+    " WHERE database = current_database()"
+)
 _GROUP = re.compile(r"[0-9a-f]{8}")
 _LEFT_ALONE = (
     "%s on %s belongs to other databases, and is left alone: recover it with the URLs that its application "
@@ -58,11 +62,11 @@ async def recover(
 ) -> list[Resolved]:
     """Commit or roll back what ``atomic()`` has left prepared on these databases, which must be all of its.
 
-    Leaves transactions alone that began less than ``older_than`` seconds ago: they may be under way. With
-    ``dry_run`` it only tells. Run it again after an error, or several at a time; nothing is decided twice in
-    different ways. Transactions of other sets of databases, told apart by what the URLs say of host, port and
-    database, are left alone, with a WARNING that names them; for databases that have moved since, ``group``
-    is the name of the set as that WARNING says it.
+    Leaves transactions alone that are younger than ``older_than`` seconds by the clocks of their servers:
+    they may be under way. With ``dry_run`` it only tells. Run it again after an error, or several at a time;
+    nothing is decided twice in different ways. Transactions of other sets of databases, told apart by what
+    the URLs say of host, port and database, are left alone, with a WARNING that names them; for databases
+    that have moved since, ``group`` is the name of the set as that WARNING says it.
     """
     resolved, _ = await _resolve(engines, older_than, group, dry_run=dry_run)
     return resolved
@@ -77,12 +81,16 @@ async def _resolve(
     if len(addresses) < max(2, len(engines)):
         message = "engines must be all databases of the transactions, each once: give two or more."
         raise ConfigurationError(message)
-    oldest, group = time.time() - positive("older_than", older_than), _group(group, engines)
+    oldest, group = positive("older_than", older_than), _group(group, engines)
+    start = asyncio.get_running_loop().time()
     found: dict[Branch, AsyncEngine] = {}
+    young: set[str] = set()
     for engine in engines:
-        for branch in await _prepared(engine):
-            if branch.begun <= oldest:
-                found.setdefault(branch, engine)  # MariaDB shows all of the server
+        for branch, age in (await _prepared(engine, start)).items():
+            found.setdefault(branch, engine)  # MariaDB shows all of the server
+            if age < oldest:
+                young.add(branch.transaction)
+    found = {branch: engine for branch, engine in found.items() if branch.transaction not in young}
     ours = sorted(branch for branch in found if branch.group == group)  # the witnesses last
     for branch in found.keys() - ours:
         logger.warning(_LEFT_ALONE, branch, place_of(found[branch].url), branch.group)
@@ -99,7 +107,9 @@ def _group(value: object, engines: Sequence[AsyncEngine]) -> str:
     if value is None:
         return group_of(engines)
     if not isinstance(value, str) or _GROUP.fullmatch(value) is None:
-        message = f"group must be the eight letters and digits of a warning of recover(), not {shown(value)}."
+        message = (
+            f"group must be the eight letters and digits of a warning of recover(), not {_safe_repr(value)}."
+        )
         raise ConfigurationError(message)
     return value
 
@@ -114,25 +124,26 @@ def _naming(engine: AsyncEngine) -> Generator[None]:
         raise
 
 
-async def _prepared(engine: AsyncEngine) -> list[Branch]:
+async def _prepared(engine: AsyncEngine, start: float = 0.0) -> dict[Branch, float]:
+    """Return what is prepared, with its age at a time of the event loop's, by the server's clock."""
     with _naming(engine):
         async with engine.connect() as connection:
-            return await _listed(connection)
+            since = asyncio.get_running_loop().time() - start
+            listed = [(Branch.parse(name), age) for name, age in await _listed(connection)]
+    return {branch: age - since for branch, age in listed if branch is not None}
 
 
-async def _listed(connection: AsyncConnection) -> list[Branch]:
+async def _listed(connection: AsyncConnection) -> list[tuple[str, float]]:
+    """Return names and ages: since PREPARE on PostgreSQL, else since the beginning that the name says."""
     dialect = connection.dialect.name
     if dialect == "postgresql":
-        query = text("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
-        names = list(await connection.scalars(query))
-    elif dialect in {"mysql", "mariadb"}:
-        rows = (await connection.execute(text("XA RECOVER"))).mappings()
-        names = [_decoded(row["data"]) for row in rows]
-    else:
+        return [(name, float(age)) for name, age in await connection.execute(_PREPARED)]
+    if dialect not in {"mysql", "mariadb"}:
         message = f"{dialect} has no prepared transactions: leave it out."
         raise ConfigurationError(message)
-    branches = (Branch.parse(name) for name in names)
-    return [branch for branch in branches if branch is not None]
+    now = float(await connection.scalar(CLOCK))
+    names = [_decoded(row["data"]) for row in (await connection.execute(text("XA RECOVER"))).mappings()]
+    return [(name, now - branch.begun) for name in names if (branch := Branch.parse(name)) is not None]
 
 
 def _decoded(name: bytes | str) -> str:

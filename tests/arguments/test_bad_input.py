@@ -426,6 +426,7 @@ def leaks(error: BaseException | None) -> list[str]:
     return [] if error is None else [line for line in shown(error).splitlines() if SECRETS.search(line)]
 
 
+@pytest.mark.slow
 async def test_misplaced_url_is_not_quoted() -> None:
     """A URL that is given as another argument by mistake is refused without its password and its query."""
     leaking: set[str] = set()
@@ -508,7 +509,7 @@ async def test_no_repr_shows_a_secret(name: str, kind: Callable[[str], str | URL
     ]
     things: list[object] = [middleware, instance, db, db.pool_status(), *scopes]
     things += [gathering, db.connection(timeout=1), db.task_group(), db.connect(kind(URLS[name]))]
-    things += map(partial(getattr, db), ["database", "current"])
+    things += map(partial(getattr, db), ["_database", "_current"])
     async with plain as unit:
         session = unit.session
         things += [unit, session, session.sync_session, session.info, unit.savepoint()]

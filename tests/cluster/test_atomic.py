@@ -36,7 +36,8 @@ from tests.support.versions import survives_cancellation
 
 PAIRS = [("postgresql", "postgresql"), ("postgresql", "mariadb"), ("mariadb", "postgresql")]
 TRIPLE = ("postgresql", "mariadb", "postgresql")
-GROUPS = [*PAIRS, TRIPLE, ("mariadb", "mariadb")]
+BY_PSYCOPG = ("psycopg", "mariadb")
+GROUPS = [*PAIRS, TRIPLE, ("mariadb", "mariadb"), BY_PSYCOPG]
 MIXED = PAIRS[1]
 
 
@@ -88,7 +89,12 @@ async def test_an_error_rolls_all_back(group: Group) -> None:
 
 @pytest.mark.parametrize(
     ("kinds", "place"),
-    [(kinds, place) for kinds in GROUPS for place, kind in enumerate(kinds) if kind == "postgresql"],
+    [
+        (kinds, place)
+        for kinds in [*GROUPS, ("postgresql", "psycopg")]
+        for place, kind in enumerate(kinds)
+        if kind != "mariadb"
+    ],
 )
 async def test_prepare_fails(group: Group, place: int) -> None:
     """A constraint that is checked when one is prepared, first or last, rolls all back."""

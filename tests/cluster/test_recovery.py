@@ -6,9 +6,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 from uuid import uuid4
@@ -23,7 +24,7 @@ from sqlalchemy.util import await_only
 from fastapi_async_sqlalchemy import ConfigurationError, InDoubtError, UnexpectedRollbackError, atomic
 from fastapi_async_sqlalchemy.recovery import recover
 from tests.support.atomic import BROKEN, BROKEN_TEXT, STEPS, YOUNG, Group, Side, Step, open_group, urls_of
-from tests.support.databases import JudgeFor
+from tests.support.databases import Judge, JudgeFor
 from tests.support.tables import Note
 
 PAIRS = [
@@ -32,6 +33,7 @@ PAIRS = [
     ("mariadb", "postgresql"),
     ("mariadb", "mariadb"),
 ]
+DRIVERS = [("postgresql", "psycopg"), ("psycopg", "mariadb")]
 TRIPLES = [("postgresql", "mariadb", "postgresql"), ("mariadb", "postgresql", "mariadb")]
 MIXED = PAIRS[1]
 MODULE = "fastapi_async_sqlalchemy.recovery"
@@ -55,7 +57,7 @@ async def group(
 # A connection breaks.
 
 
-@each_group([*PAIRS, *TRIPLES])
+@each_group([*PAIRS, *DRIVERS, *TRIPLES])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("done", [True, False])
 async def test_connection_breaks(group: Group, step: Step, *, done: bool) -> None:
@@ -88,7 +90,7 @@ async def test_connection_breaks(group: Group, step: Step, *, done: bool) -> Non
             assert after == {True}, note
 
 
-@each_group(PAIRS[:3])
+@each_group([*PAIRS[:3], *DRIVERS])
 @pytest.mark.parametrize("done", [True, False])
 async def test_hooks_of_a_known_outcome(group: Group, *, done: bool) -> None:
     """Where the connection of one that is no witness breaks at PREPARE, all see the rollback that it is."""
@@ -111,7 +113,7 @@ async def test_hooks_of_a_known_outcome(group: Group, *, done: bool) -> None:
     assert sorted(seen) == [0, 1]
 
 
-@each_group(PAIRS)
+@each_group([*PAIRS, *DRIVERS])
 async def test_connection_was_lost_before(group: Group) -> None:
     """A connection that is lost in the block's body, whichever it is, leaves nothing prepared."""
 
@@ -129,7 +131,7 @@ async def test_connection_was_lost_before(group: Group) -> None:
         assert (await group.notes(), await group.prepared()) == (group.everywhere(), 0)
 
 
-@each_group(PAIRS)
+@each_group([*PAIRS, *DRIVERS])
 async def test_prepared_transaction_cannot_be_undone(group: Group) -> None:
     """Where one fails and the connection of a prepared one is gone, an error says what is left there."""
     last = max((at for at, side in enumerate(group.sides) if side.is_postgresql), default=1)
@@ -187,7 +189,7 @@ async def test_in_doubt_error_tells(group: Group) -> None:
     assert await group.notes() == group.everywhere("note")
 
 
-@each_group(PAIRS)
+@each_group([*PAIRS, *DRIVERS])
 @pytest.mark.parametrize("done", [True, False])
 async def test_one_database_used(group: Group, *, done: bool) -> None:
     """One database alone commits as every unit does: no hook says what became of a COMMIT that broke."""
@@ -217,7 +219,7 @@ async def test_one_database_used(group: Group, *, done: bool) -> None:
 def _break_commit(side: Side, done: bool, connection: Connection, *_: object) -> None:  # noqa: FBT001  # bound above
     """Kill a connection of PostgreSQL before its plain COMMIT, or after."""
     if done:
-        connection.exec_driver_sql("COMMIT")
+        connection.exec_driver_sql("COMMIT AND CHAIN")  # psycopg sends no COMMIT where nothing is open
     await_only(side.kill(connection))
 
 
@@ -299,20 +301,36 @@ async def test_young_ones_are_left_alone(group: Group) -> None:
     assert await group.prepared() == 2
 
 
+@each_group([*PAIRS, *DRIVERS])
+async def test_clocks_of_machines(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How old a transaction is, the servers' clocks say: neither the application's nor the command's."""
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, -3600))
+    assert await leave_behind(group) == 2
+    assert await recover(*(side.engine for side in group.sides)) == []
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, 7200))
+    assert await recover(*(side.engine for side in group.sides)) == []
+    assert await group.prepared() == 2
+    monkeypatch.setattr(time, "time", partial(_clock, time.time, -7200))
+    assert [one.committed for one in await group.recover()] == [True, True]
+
+
+def _clock(clock: Callable[[], float], ahead: float) -> float:
+    return clock() + ahead
+
+
 @each_group([MIXED])
 async def test_age_is_told_once(group: Group) -> None:
     """A transaction that comes of age while recovery looks around is not seen in parts."""
     assert await leave_behind(group) == 2
-    began = min(int(name.split("_")[1]) for side in group.sides for name in side.names)
     for first, second in (group.sides, group.sides[::-1]):
-        of_age = time.time() + 0.3
+        of_age = max([await side.age() for side in group.sides]) + 0.3
 
-        def wait(*_: object, of_age: float = of_age) -> None:
-            while time.time() < of_age + 0.01:
-                await_only(asyncio.sleep(0.01))
+        def wait(*_: object, second: Side = second, of_age: float = of_age) -> None:
+            while await_only(second.age()) < of_age:
+                pass
 
         event.listen(second.engine.sync_engine, "checkout", wait)
-        assert await recover(first.engine, second.engine, older_than=of_age - began) == []
+        assert await recover(first.engine, second.engine, older_than=of_age) == []
         event.remove(second.engine.sync_engine, "checkout", wait)
     assert await group.prepared() == 2
 
@@ -375,7 +393,24 @@ async def test_other_groups_are_left_alone(
     assert "left alone" in caplog.text
 
 
-@each_group([MIXED])
+@pytest.fixture
+def mariadb_by_socket_server(mariadb_server: URL) -> URL:
+    """The MariaDB by its socket, so that the port which is not named is its own, as far as one can see."""
+
+    async def find() -> object:
+        async with Judge(mariadb_server) as judge:
+            return await judge.scalar("SELECT @@socket")
+
+    path = Path(str(asyncio.run(find())))
+    if not path.exists():  # another machine's
+        return mariadb_server
+    named = mariadb_server
+    return URL.create(
+        *(named.drivername, named.username, named.password, named.host), query={"unix_socket": str(path)}
+    )
+
+
+@pytest.mark.parametrize("kinds", [("postgresql", "mariadb_by_socket")], ids=["postgresql mariadb"])
 async def test_default_port(group: Group) -> None:
     """A port that is the database's own may be named or left out: the databases are the same."""
     assert await leave_behind(group) == 2
@@ -509,7 +544,8 @@ def with_password(group: Group) -> list[str]:
     ]
 
 
-@each_group([*PAIRS[:3], TRIPLES[0]])
+@pytest.mark.slow
+@each_group([*PAIRS[:3], *DRIVERS, TRIPLES[0]])
 async def test_process_dies(group: Group) -> None:
     """Where a process dies at any step on any database, the command makes all or nothing of each."""
     places = len(group.sides)

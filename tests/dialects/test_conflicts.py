@@ -83,6 +83,15 @@ async def test_mariadb(mysql_url: str, code: int) -> None:
     assert is_conflict(error) == MARIADB[code]
 
 
+async def test_mariadb_connection_lost(mysql_url: str) -> None:
+    """A deadlock's code on a connection that was lost is no conflict: what became of a COMMIT is unknown."""
+    error = await error_of(
+        mysql_url, "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'not connected'"
+    )
+    assert error.connection_invalidated  # the text of drivers and proxies for one that is lost
+    assert not is_conflict(error)
+
+
 async def test_sqlite_busy(sqlite_url: str) -> None:
     """A locked SQLite file is a conflict."""
     engine = create_async_engine(sqlite_url)

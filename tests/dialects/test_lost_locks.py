@@ -3,13 +3,8 @@
 It is a setting of the server's start, and not the default, so that the server which runs does not do.
 """
 
-import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import URL, text
@@ -17,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from fastapi_async_sqlalchemy import UnexpectedRollbackError
 from tests.support.databases import JudgeFor, fresh_database
+from tests.support.mariadb import MariadbMissingError, own_mariadb
 from tests.support.site import Site
 from tests.support.tables import Note
 from tests.support.worker import open_worker
@@ -26,35 +22,12 @@ OPTIONS = ("--innodb-rollback-on-timeout=ON", "--innodb-lock-wait-timeout=1")
 
 @pytest.fixture(scope="module")
 def strict_server() -> Iterator[URL]:
-    """A MariaDB of this module's own, on a socket in a folder of its own."""
-    install, server = shutil.which("mariadb-install-db"), shutil.which("mariadbd")
-    if install is None or server is None:
-        pytest.skip("no MariaDB is installed here that could be started with settings of its own")
-    with TemporaryDirectory(prefix="mariadb-") as folder:
-        user = []
-        if os.geteuid() == 0:
-            user = ["--user=mysql"]
-            shutil.chown(folder, "mysql")
-        data, address = Path(folder, "data"), Path(folder, "socket")
-        normal = "--auth-root-authentication-method=normal"
-        subprocess.run(  # noqa: S603  # the server's own program
-            [install, "--no-defaults", f"--datadir={data}", normal, *user],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        command = [server, "--no-defaults", "--skip-networking", f"--datadir={data}", f"--socket={address}"]
-        with subprocess.Popen(  # noqa: S603  # likewise
-            [*command, *user, *OPTIONS], stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stderr is not None
-            try:
-                for line in process.stderr:
-                    if "ready for connections" in line:
-                        break
-                yield URL.create("mysql+aiomysql", "root", query={"unix_socket": str(address)})
-            finally:
-                process.terminate()
-                process.communicate(timeout=30)
+    """A MariaDB of this module's own."""
+    try:
+        with own_mariadb(*OPTIONS) as server:
+            yield server
+    except MariadbMissingError as error:
+        pytest.skip(f"no server can be started here with settings of its own: {error}")
 
 
 @pytest.fixture

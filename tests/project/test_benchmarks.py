@@ -12,6 +12,7 @@ from benchmarks.contenders import OURS
 from benchmarks.measuring import Plan
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 async def test_every_measure_gives_a_number(postgresql_url: str, sqlite_url: str) -> None:
     """One round of next to nothing: every letter of the table has a finite number for this package."""

@@ -60,6 +60,7 @@ def innocent(result: Result) -> None:
         assert f"{kind} at the end: 0" in shown
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_on_postgresql() -> None:
     """Under every fault, a crash of the server too, what was acknowledged is there and no more."""
     with own_postgresql() as server:
@@ -69,6 +70,7 @@ def test_nothing_is_lost_on_postgresql() -> None:
     assert Counter(answer.seen for answer in result.answers).keys() == {"acknowledged", "refused", "unknown"}
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_on_mariadb(mariadb_server: URL) -> None:
     """Under every fault but a crash of the server, what was acknowledged is there and no more."""
     with databases(mariadb_server) as server:
@@ -77,6 +79,7 @@ def test_nothing_is_lost_on_mariadb(mariadb_server: URL) -> None:
     assert set(result.faults) >= COMMON_FAULTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "kind"),
     [("late", "lost"), ("swallows", "lost"), ("anyway", "phantom"), ("leaks", "leak"), ("grows", "memory")],
@@ -128,6 +131,7 @@ async def stormy(place: Place) -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("postgresql_server")  # it has made the user of root's servers
 @pytest.mark.parametrize("moment", [started, stormy])
 async def test_sigterm_leaves_nothing(moment: Callable[[Place], Awaitable[None]]) -> None:

@@ -18,7 +18,11 @@ from tests.support.declarations import classes, declared, drift, spelled
 
 FOLDER = Path(fastapi_async_sqlalchemy.__file__).parent
 STUBS = {path.stem: ast.parse(path.read_text("utf-8")) for path in FOLDER.glob("*.pyi")}
-SOURCES = {path.stem: ast.parse(path.read_text("utf-8")) for path in FOLDER.glob("*.py")}
+SOURCES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
+    for path in FOLDER.rglob("*.py")
+    if not path.stem.startswith("__") or path.parent == FOLDER
+}
 INFERRED = {
     "db",
     "PoolStatus.__init__",

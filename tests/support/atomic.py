@@ -44,7 +44,7 @@ class Side:
     engine: AsyncEngine
     judge: Judge
     names: set[str] = Factory(set[str])
-    """The names of the two-phase transactions that were begun: MariaDB lists those of everybody."""
+    """The names of the two-phase transactions that were to be prepared: MariaDB lists those of everybody."""
 
     @property
     def url(self) -> str:
@@ -80,6 +80,16 @@ class Side:
         listed_names = (row[3].decode() if isinstance(row[3], bytes) else str(row[3]) for row in rows)
         return sorted(self.names.intersection(listed_names))
 
+    async def age(self) -> float:
+        """Return for how many seconds the only transaction here has been prepared, or begun on MariaDB."""
+        (name,) = await self.prepared()
+        if self.is_postgresql:
+            since = f"SELECT extract(epoch FROM prepared) FROM pg_prepared_xacts WHERE gid = '{name}'"
+            began, clock = await self.judge.scalar(since), "SELECT extract(epoch FROM clock_timestamp())"
+        else:
+            began, clock = name.split("_")[1], "SELECT @@timestamp"
+        return float(str(await self.judge.scalar(clock))) - float(str(began))
+
     async def roll_back_prepared(self) -> None:
         """Leave nothing prepared: its locks would keep the database from being dropped."""
         statement = "ROLLBACK PREPARED '{}'" if self.is_postgresql else "XA ROLLBACK '{}'"
@@ -94,7 +104,9 @@ class Side:
         """End the server's side of a connection, and wait until it has ended."""
         driver: Any = connection.connection.driver_connection
         if self.is_postgresql:
-            await self.judge.execute(f"SELECT pg_terminate_backend({driver.get_server_pid()}, 10000)")
+            by_psycopg = self.engine.driver == "psycopg"
+            backend: int = driver.info.backend_pid if by_psycopg else driver.get_server_pid()
+            await self.judge.execute(f"SELECT pg_terminate_backend({backend}, 10000)")
         else:
             await self.judge.execute(f"KILL {driver.thread_id()}")
             await self.alone(driver.thread_id())
@@ -192,7 +204,7 @@ async def open_group(urls: Iterable[str], judge_for: JudgeFor, **engine_args: An
             engine = await stack.enter_async_context(engine_with_tables(url, **engine_args))
             middleware, db = create_middleware_and_session_proxy(AsyncSession)
             side = Side(middleware, db, engine, await judge_for(url))
-            event.listen(engine.sync_engine, "begin_twophase", partial(_remember, side.names))
+            event.listen(engine.sync_engine, "prepare_twophase", partial(_remember, side.names))
             db.bind(engine)
             group.sides.append(side)
             stack.push_async_callback(side.roll_back_prepared)

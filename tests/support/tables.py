@@ -3,11 +3,13 @@
 import sqlite3
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
-from sqlalchemy import AsyncAdaptedQueuePool, Connection, ForeignKey, String, Table, event
+from sqlalchemy import AsyncAdaptedQueuePool, ForeignKey, String, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import CreateTable
 
 
 class Base(DeclarativeBase):
@@ -60,14 +62,20 @@ async def engine_with_tables(url: str, **engine_args: Any) -> AsyncGenerator[Asy
 
 async def create_tables(engine: AsyncEngine) -> None:
     """Make the tables that this kind of database can have."""
-    deferrable = engine.dialect.name in {"postgresql", "sqlite"}
-    tables = [Base.metadata.tables[name] for name in ("note", *(["reply"] if deferrable else []))]
     async with engine.begin() as connection:
-        await connection.run_sync(_create, tables)
+        for statement in _statements(engine.dialect.name):
+            await connection.exec_driver_sql(statement)
 
 
-def _create(connection: Connection, tables: list[Table]) -> None:
-    Base.metadata.create_all(connection, tables=tables)
+@cache
+def _statements(kind: str) -> list[str]:
+    """Write the statements that make the tables."""
+    tables = ["note"] if kind == "mysql" else ["note", "reply"]
+    dialect = make_url(f"{kind}://").get_dialect()()
+    return [
+        str(CreateTable(Base.metadata.tables[name], if_not_exists=True).compile(dialect=dialect))
+        for name in tables
+    ]
 
 
 def _enforce_foreign_keys(connection: sqlite3.Connection, _: object) -> None:

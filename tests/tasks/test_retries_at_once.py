@@ -56,6 +56,7 @@ async def doctors_leave(bank: Site, leave: Callable[..., Coroutine[Any, Any, Non
     return tally
 
 
+@pytest.mark.slow
 @RECORDED
 @pytest.mark.timeout(180)
 async def test_write_skew(
@@ -101,6 +102,7 @@ async def test_write_skew_without_retries(locking_bank: Site, retries: Retries) 
     assert (tally.violations, tally.attempts, tally.raised, retries.errors) == (0, 2, 1, [])
 
 
+@pytest.mark.slow
 @RECORDED
 @pytest.mark.timeout(180)
 async def test_deadlock(

@@ -669,6 +669,7 @@ def open_units() -> int:
     return sum(isinstance(found, UnitOfWork) and not found.closed for found in gc.get_objects())
 
 
+@pytest.mark.slow
 @RECORDED
 @pytest.mark.timeout(180)
 async def test_many_tasks(sqlite_worker: Site, record_property: Callable[[str, object], None]) -> None:

@@ -73,6 +73,20 @@ async def test_isolation_level_is_restored(single: Site, end: End) -> None:
         assert await level_of(unit.session) == DEFAULT_LEVEL[dialect]
 
 
+async def test_restoring_the_level_commits_nothing(mariadb_url: str, judge_for: JudgeFor) -> None:
+    """What a listener leaves open on the connection is rolled back, though MariaDB's level ends by COMMIT."""
+
+    def write(driver: Any, *_: object) -> None:
+        driver.cursor().execute("INSERT INTO note (text) VALUES ('left open')")
+
+    async with open_single(mariadb_url, judge_for) as single:
+        event.listen(single.engine.sync_engine.pool, "reset", write)
+        async with single.db(isolation_level="SERIALIZABLE") as unit:
+            assert await level_of(unit.session) == "SERIALIZABLE"
+        event.remove(single.engine.sync_engine.pool, "reset", write)
+        assert await single.notes() == []
+
+
 @pytest.mark.parametrize(
     ("level", "seen"), [("READ COMMITTED", ["before", "after"]), ("REPEATABLE READ", ["before"])]
 )

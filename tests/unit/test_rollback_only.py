@@ -617,3 +617,22 @@ async def test_tail_after_a_unit_that_was_given_up(make_site: MakeSite, database
 
     assert (await site.get()).text == "end"
     assert await site.notes() == ["in the tail"]
+
+
+async def test_tail_after_a_transaction_that_only_read(make_site: MakeSite, database_url: str) -> None:
+    """So it does where nobody asked for a commit: what only read is released, and its mark is, too."""
+    site = await make_site(database_url)
+
+    async def body() -> AsyncIterator[str]:
+        await add(site.db, "in the tail")
+        await site.db.unit.commit()
+        yield "written"
+
+    @site.app.get("/")
+    async def route() -> StreamingResponse:
+        await site.db.session.scalar(select(Note.text))
+        await fail_inside(site.db, note=None)
+        return StreamingResponse(body())
+
+    assert (await site.get()).text == "written"
+    assert await site.notes() == ["in the tail"]

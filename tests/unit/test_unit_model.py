@@ -734,6 +734,7 @@ def open_stage(url: str, caplog: pytest.LogCaptureFixture) -> Generator[Stage]:
             runner.run(exits.aclose())
 
 
+@pytest.mark.slow
 @RECORDED
 @pytest.mark.skipif(
     version("sqlalchemy").startswith("2.0"),

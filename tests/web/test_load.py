@@ -140,6 +140,7 @@ def summary(clients: list[Client]) -> dict[str, int]:
     return dict(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_load(
     seed: int,

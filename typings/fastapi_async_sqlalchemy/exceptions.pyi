@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+from sqlalchemy.exc import PendingRollbackError
+
 from . import PoolStatus
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
 ]
 
 class FastAPIAsyncSQLAlchemyError(Exception): ...
-class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError): ...
+class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
+    def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None: ...
+
 
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
     def __init__(self, database: str, holder: str | None = None, remedy: str | None = None) -> None: ...
@@ -33,12 +37,12 @@ class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
     def __init__(self, database: str, place: str, remedy: str) -> None: ...
 
 class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    def __init__(self, database: str, opening: str = "`async with db():`") -> None: ...
+    def __init__(self, database: str, opening: str | None = None) -> None: ...
 
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None: ...
 
-class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
     def __init__(self, database: str, reason: str, remedy: str | None = None) -> None: ...
 
 class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, _safe_repr
 
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
 """What a block does about the unit of work that is open where it stands."""
@@ -16,51 +16,46 @@ PROPAGATIONS: Final[tuple[str, ...]] = get_args(Propagation)
 ISOLATION_LEVELS: Final[tuple[str, ...]] = get_args(IsolationLevel)
 
 
-def shown(value: object) -> str:
-    """Return a wrong value as an error may show it: what could hold a password, by its type alone."""
-    text = repr(value)
-    return type(value).__name__ if "://" in text or "@" in text else text
-
-
 def mapping(name: str, value: object) -> Mapping[str, Any]:
     """Return an optional mapping, checked."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         message = f"{name} must be a mapping of keyword arguments, not {type(value).__name__}."
-        raise ConfigurationError(message)
+        raise ConfigurationError(message)  # its values may be secrets
     return cast("Mapping[str, Any]", value)
 
 
 def boolean(name: str, value: object) -> bool:
     """Return a flag, checked: a truthy string is a mistake, not a yes."""
     if not isinstance(value, bool):
-        message = f"{name} must be True or False, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = "True or False"
+        raise ConfigurationError(name, wanted, value)
     return value
 
 
 def propagation_of(value: object) -> Propagation:
     """Return a propagation, checked."""
     if value not in PROPAGATIONS:
-        message = f"propagation must be one of {', '.join(PROPAGATIONS)}, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = f"one of {', '.join(PROPAGATIONS)}"
+        msg = "propagation"
+        raise ConfigurationError(msg, wanted, value)
     return cast("Propagation", value)
 
 
 def count(name: str, value: object, least: int) -> int:
     """Return a whole number, checked."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        message = f"{name} must be a whole number of at least {least}, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = f"a whole number of at least {least}"
+        raise ConfigurationError(name, wanted, value)
     return value
 
 
 def positive(name: str, value: object) -> float:
     """Return a number of seconds or a part, checked: more than nothing, and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        message = f"{name} must be a finite number above 0, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = "a finite number above 0"
+        raise ConfigurationError(name, wanted, value)
     return float(value)
 
 
@@ -79,12 +74,12 @@ def paths(name: str, value: object) -> frozenset[str]:
     if value is None:
         return frozenset()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        message = f"{name} must be an iterable of paths such as ['/health'], not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = "an iterable of paths such as ['/health']"
+        raise ConfigurationError(name, wanted, value)
     found: list[str] = []
     for path in cast("Iterable[object]", value):
         if not (isinstance(path, str) and path.startswith("/")):
-            message = f"{name} must hold paths that begin with '/', not {shown(path)}."
+            message = f"{name} must hold paths that begin with '/', not {_safe_repr(path)}."
             raise ConfigurationError(message)
         found.append(path)
     return frozenset(found)

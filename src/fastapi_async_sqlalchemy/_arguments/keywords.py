@@ -4,19 +4,21 @@ Annotations are evaluated here, unlike in the other rooms: a ``TypedDict`` of st
 them at import, and whoever reads them at run time would have to know our imports.
 """
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, TypedDict
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Mapper, Query, Session
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.sql.schema import Table
 
 from ..exceptions import ConfigurationError
-from .checks import mapping, shown
+from .checks import mapping
 
 
 class EngineArgs(TypedDict, total=False):
@@ -94,8 +96,9 @@ def session_arguments(value: object) -> dict[str, Any]:
     sync_class: object = arguments.get("sync_session_class", Session)
     given: object = sync_class
     if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
-        message = f"session_args['sync_session_class'] must be a Session class, not {shown(given)}."
-        raise ConfigurationError(message)
+        wanted = "a Session class"
+        msg = "session_args['sync_session_class']"
+        raise ConfigurationError(msg, wanted, given)
     binds = mapping("session_args['binds']", arguments.get("binds"))
     if not all(isinstance(bind, AsyncEngine | AsyncConnection) for bind in binds.values()):
         message = (
@@ -109,5 +112,22 @@ def session_class_of(name: str, value: object) -> None:
     """Refuse what is not an ``AsyncSession`` class."""
     class_: object = value
     if not (isinstance(value, type) and issubclass(value, AsyncSession)):
-        message = f"{name} must be a subclass of sqlalchemy.ext.asyncio.AsyncSession, not {shown(class_)}."
-        raise ConfigurationError(message)
+        wanted = "a subclass of sqlalchemy.ext.asyncio.AsyncSession"
+        raise ConfigurationError(name, wanted, class_)
+
+
+def require_fitting(
+    class_: type[AsyncSession], sync_class: type[Session], engine: AsyncEngine, keywords: Mapping[str, Any]
+) -> None:
+    """Raise ``ConfigurationError`` for arguments that make no session; nothing of the caller's is made."""
+    known = inspect.signature(Session.__init__).parameters
+    own = class_.__init__ is AsyncSession.__init__
+    rest = {name: value for name, value in keywords.items() if name != "binds"}
+    try:
+        inspect.signature(class_.__init__).bind(None, engine, **keywords)
+        if own:  # what a caller's class hands on is its own affair
+            inspect.signature(sync_class.__init__).bind(None, bind=engine.sync_engine, **rest)
+        AsyncSession(engine, **{name: value for name, value in keywords.items() if name in known})
+    except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
+        message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
+        raise ConfigurationError(message) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import uuid4
 
@@ -18,8 +19,7 @@ from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.sql import text
 
-from .._arguments.checks import shown
-from .._dialects.begin import commits_by_itself
+from .._dialects.begin import XID, commits_by_itself
 from .._session.cancellation import to_completion
 from .._session.state import StatefulSession, has_written
 from .._unit.database import UnitConfig
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
+    from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.orm import Session
 
@@ -77,8 +78,9 @@ def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None
 
 def _require_proxy(value: object) -> None:
     if not isinstance(value, Handle):
-        message = f"databases must be proxies such as `db`, not {shown(value)}."
-        raise ConfigurationError(message)
+        wanted = "proxies such as `db`"
+        msg = "databases"
+        raise ConfigurationError(msg, wanted, value)
 
 
 def _scope(proxy: Handle[AsyncSession]) -> UnitScope[Any]:
@@ -105,8 +107,9 @@ class AtomicScope(OneUse):
                 unit = await stack.enter_async_context(scope)
                 witness = not named_late and place == len(self.scopes)
                 self.units[unit] = branch = Branch(witness, begun, self.transaction, group, place)
-                unit._own_hooks().atomic = True
-                _state(unit).xid = str(branch)
+                hooks, state = unit._own_hooks(), _state(unit)
+                hooks.atomic, state.xid = True, str(branch)
+                hooks.begin.insert(0, partial(_take_name, state))
             self.stack = stack.pop_all()
 
     async def __aexit__(
@@ -196,6 +199,13 @@ def _state(unit: UnitOfWork[Any]) -> SessionState:
 def _is_named_late(engine: AsyncEngine) -> bool:
     """Whether a transaction gets its name when it is prepared, not when it begins."""
     return engine.dialect.name == "postgresql"
+
+
+def _take_name(state: SessionState, connection: Connection) -> None:
+    """Go on by the name by which MariaDB has begun the transaction."""
+    transaction = connection.get_transaction()
+    if XID in connection.info and isinstance(transaction, TwoPhaseTransaction):
+        state.xid = transaction.xid = connection.info[XID]
 
 
 def _ask(session: Session) -> None:

@@ -12,7 +12,7 @@ from attrs import define
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
-from .._arguments.checks import positive, shown
+from .._arguments.checks import positive
 from .._session.checkout import pool_status, remedy_for
 from .._unit.database import S_co
 from ..exceptions import ConfigurationError, PoolTimeoutError, ReplicaLagError, UnitClosedError
@@ -101,10 +101,9 @@ def replay(database: str, engine: AsyncEngine, position: object, timeout: object
         raise ConfigurationError(message)
     require_postgresql("wait_for", engine)
     if not isinstance(position, str) or _POSITION.fullmatch(position) is None:
-        message = (
-            f"wait_for must be a position from `await primary.commit_position()`, not {shown(position)}."
-        )
-        raise ConfigurationError(message)
+        wanted = "a position from `await primary.commit_position()`"
+        msg = "wait_for"
+        raise ConfigurationError(msg, wanted, position)
     return Replay(
         database, WalPosition(position), positive("timeout", _TIMEOUT if timeout is None else timeout)
     )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from attrs import asdict, frozen
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.sql import text
 
 from .._arguments.checks import ISOLATION_LEVELS
 from ..exceptions import ConfigurationError
+from .statements import dated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
@@ -48,10 +52,14 @@ _SET_SESSION: Final = frozenset({"mysql", "mariadb"})
 _RESTORE_LEVEL: Final = "fastapi_async_sqlalchemy.restore_level"
 _RESTORE_ACCESS: Final = "fastapi_async_sqlalchemy.restore_access"
 _ACCESS: Final = "fastapi_async_sqlalchemy.access"
+CLOCK: Final = text("SELECT @@timestamp")
+"""Asks MariaDB for its time in seconds since 1970, whatever the time zone."""
+XID: Final = "fastapi_async_sqlalchemy.xid"
+"""The name of the two-phase transaction that was begun last on a connection of MariaDB's."""
 _QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
 
 
-def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable[[], str]) -> AsyncEngine:
+def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], str]) -> Engine:
     """Return an engine over the same pool whose transactions have the settings.
 
     They are set with BEGIN, or before it; what outlasts the transaction is restored.
@@ -60,28 +68,76 @@ def engine_for(engine: AsyncEngine, settings: TransactionSettings, xid: Callable
     dialect = engine.dialect
     derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
-        derived.sync_engine.dialect = named = copy.copy(dialect)
+        derived.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
+        if dialect.driver == "psycopg":
+            _name_late(named)
+        elif dialect.name in _SET_SESSION:
+            _date_by_server(named)
     if settings.isolation_level is not None:
-        event.listen(derived.sync_engine, "begin", _isolation_begin(settings.isolation_level))
-        event.listen(derived.sync_engine, "begin_twophase", _isolation_begin(settings.isolation_level))
-        event.listen(engine.sync_engine.pool, "reset", _restore_level)
+        event.listen(derived, "begin", _isolation_begin(settings.isolation_level))
+        event.listen(derived, "begin_twophase", _isolation_begin(settings.isolation_level))
+        event.listen(engine.pool, "reset", _restore_level)
     if settings.isolation_level == "SERIALIZABLE" and dialect.name == "sqlite":
-        event.listen(derived.sync_engine, "before_cursor_execute", _begin)
+        event.listen(derived, "before_cursor_execute", _begin)
     if settings.read_only and dialect.name != "postgresql":
         begin, restore = _read_only(dialect.name)
-        event.listen(derived.sync_engine, "begin", begin)
-        event.listen(engine.sync_engine.pool, "reset", restore)
+        event.listen(derived, "begin", begin)
+        event.listen(engine.pool, "reset", restore)
     return derived
 
 
-def commits_by_itself(engine: AsyncEngine) -> bool:
+def _name_late(dialect: Any) -> None:
+    """Have a copy of psycopg's dialect send the statements of a two-phase commit as asyncpg's does.
+
+    Its own functions name a transaction when it begins, but the witness gets its name when it is prepared.
+    """
+    for name in ("do_begin_twophase", "do_prepare_twophase"):
+        setattr(dialect, name, partial(getattr(PGDialect, name), dialect))
+    for name in ("do_commit_twophase", "do_rollback_twophase"):
+        setattr(dialect, name, partial(_finish_prepared, partial(getattr(PGDialect, name), dialect)))
+
+
+def _finish_prepared(finish: Callable[..., None], connection: Connection, xid: str, *prepared: bool) -> None:
+    """Finish a transaction; one that is prepared in autocommit, since psycopg would begin another before."""
+    driver: Any = connection.connection.dbapi_connection
+    if prepared[0]:
+        driver.set_autocommit(True)
+    try:
+        finish(connection, xid, *prepared)
+    finally:
+        if prepared[0] and not driver.closed:
+            driver.set_autocommit(False)
+
+
+def _date_by_server(dialect: Any) -> None:
+    """Have a copy of MariaDB's dialect put the server's time into the names of two-phase transactions.
+
+    XA RECOVER does not tell how old one is, and another machine must know.
+    """
+    begin = dialect.do_begin_twophase
+
+    def begin_dated(connection: Connection, xid: str) -> None:
+        connection.info[XID] = dated(xid, int(connection.execute(CLOCK).scalar_one()))
+        begin(connection, connection.info[XID])
+
+    dialect.do_begin_twophase = begin_dated
+
+
+def commits_by_itself(engine: AsyncEngine | Engine) -> bool:
     """Whether an engine is in AUTOCOMMIT: what it sends is stored at once."""
-    level = engine.dialect._on_connect_isolation_level  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    level = engine.dialect._on_connect_isolation_level  # there is no public name
     return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
-def _options_of(engine: AsyncEngine, settings: TransactionSettings) -> dict[str, object]:
+def require_read_only_twophase(engine: AsyncEngine) -> None:
+    """Raise ``ConfigurationError`` where a two-phase transaction cannot be read-only."""
+    if engine.dialect.name != "postgresql":
+        message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
+        raise ConfigurationError(message)
+
+
+def _options_of(engine: Engine, settings: TransactionSettings) -> dict[str, object]:
     """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
     options: dict[str, object] = {}
     dialect = engine.dialect

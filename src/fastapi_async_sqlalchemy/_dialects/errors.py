@@ -54,11 +54,13 @@ _BEGUN: Final = "fastapi_async_sqlalchemy.begun"
 """Whether SQLite was in a transaction before the last statement other than a SELECT."""
 
 
-def before_on_sqlite(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
-    """Begin the transaction that Python's driver puts off where it sees no write.
+def begin_in_time(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
+    """Begin the transaction that Python's driver for SQLite puts off where it sees no write.
 
     Without one RELEASE would be a COMMIT, and what a ``WITH`` writes would be stored at once.
     """
+    if connection.dialect.name != "sqlite":
+        return
     driver = connection.connection.driver_connection
     begun = driver is not None and driver.in_transaction
     if not begun and driver is not None:

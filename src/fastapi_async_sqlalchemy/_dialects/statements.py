@@ -9,6 +9,8 @@ READS: Final = frozenset(
     {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"}
 )
 """Verbs of statements that leave nothing to commit."""
+UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
+"""Dialects whose connections forget the rows that a stream has left when another statement is sent."""
 _COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
 _PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
 """What COMMIT sends where a transaction takes part in a two-phase commit."""
@@ -30,3 +32,9 @@ def has_writing_part(statement: str) -> bool:
 def decides(statement: str, xid: str) -> bool:
     """Whether it decides the transaction of that name: to prepare does so for the witness alone."""
     return statement.startswith(_COMMITS) or (xid.endswith("w") and statement.startswith(_PREPARES))
+
+
+def dated(xid: str, seconds: int) -> str:
+    """Return the name of the transaction as it is when it begins at that time, in seconds since 1970."""
+    kind, _, rest = xid.split("_", 2)
+    return f"{kind}_{seconds}_{rest}"

@@ -5,38 +5,39 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from weakref import ref
 
-from attrs import define, frozen
-from sqlalchemy.orm import Session
+from attrs import Factory, define, frozen
+from sqlalchemy.engine import Engine
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .._arguments.checks import optional_count, optional_seconds
 from .._pool_status import PoolStatus
-from ..exceptions import PoolTimeoutError
-from .state import pending
+from ..exceptions import PoolTimeoutError, PropagationError
+from .state import task_at_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import Session
     from sqlalchemy.pool import Pool
 
-    from .state import StatefulSession
-
-_WITHOUT_STATEMENT: Final = frozenset(
-    {"commit", "rollback", "close", "reset", "release", "begin", "connection"}
-)
+    from .state import Shared
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+Route: TypeAlias = "Callable[[Engine | Connection], Engine | Connection]"
+"""From the engine that a session chose to the one that it uses."""
 
 
 def pool_status(pool: Pool) -> PoolStatus:
     """Ask a pool; only a queue counts its connections."""
     if not isinstance(pool, QueuePool):
         return PoolStatus(pool_class=type(pool).__name__)
-    overflow = pool._max_overflow  # pyright: ignore[reportPrivateUsage]  # there is no public name
+    overflow = pool._max_overflow  # there is no public name
     limited = overflow >= 0
     checked_out = pool.checkedout()
     capacity = pool.size() + overflow if limited else None
@@ -52,19 +53,103 @@ def pool_status(pool: Pool) -> PoolStatus:
     )
 
 
+@define(eq=False, repr=False)
+class Places:
+    """Lets only so many sessions of a block hold a connection at a time; the others wait in order."""
+
+    limit: int
+    awaited: Mapping[asyncio.Task[Any], asyncio.Task[Any]]
+    """The task that waits for the end of another one, by that one."""
+    _holders: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
+    _waiting: dict[asyncio.Future[None], Checkout] = Factory(dict["asyncio.Future[None]", "Checkout"])
+    _tasks: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
+
+    async def take(self, checkout: Checkout) -> None:
+        """Wait for a place; raises ``PropagationError`` where all are held by tasks that wait for it."""
+        task = asyncio.current_task()
+        if len(self._holders) < self.limit:
+            self._holders[checkout] = task
+            return
+        granted = asyncio.get_running_loop().create_future()
+        self._waiting[granted], self._tasks[checkout] = checkout, task
+        self.refuse_deadlock()
+        try:
+            await granted
+        except BaseException:
+            if checkout in self._holders:  # granted, and cancelled at the same time
+                self.give_back(checkout)
+            raise
+        finally:
+            self._waiting.pop(granted, None)
+            del self._tasks[checkout]
+
+    def give_back(self, checkout: Checkout) -> None:
+        """Let the next session have the place."""
+        del self._holders[checkout]
+        for granted, following in self._waiting.items():
+            if not granted.done():
+                self._holders[following] = self._tasks[following]
+                granted.set_result(None)
+                return
+
+    def refuse_deadlock(self) -> None:
+        """Fail the latest wait if every holder waits, itself or by its children, for one of the waiters."""
+        blocked = set[asyncio.Task[Any] | None]()
+        open_waits = [granted for granted in self._waiting if not granted.done()]
+        for granted in open_waits:
+            task = self._tasks[self._waiting[granted]]
+            while task is not None and task not in blocked:
+                blocked.add(task)
+                task = self.awaited.get(task)
+        if open_waits and self._holders and set(self._holders.values()) <= blocked:
+            database = self._waiting[open_waits[-1]].database
+            error = PropagationError(database, _DEADLOCK.format(self.limit), _RAISE_LIMIT)
+            open_waits[-1].set_exception(error)
+
+
 @frozen(kw_only=True, eq=False)
 class Limits:
     """In how many seconds a session must have its connection, and with how many others at a time."""
 
     timeout: float | None
     """None is the pool's own."""
-    places: asyncio.Semaphore | None
+    places: Places | None
+    _engines: dict[Engine, Engine] = Factory(dict[Engine, Engine])
+
+    @property
+    def max_concurrent(self) -> int | None:
+        """How many units may have a connection at a time."""
+        return None if self.places is None else self.places.limit
+
+    def route_after(self, before: Route | None, shared: Shared) -> Route:
+        """Return a route that goes on from another one to engines within the limits."""
+        if before is None:
+            return partial(self._route, shared)
+        return lambda bind: self._route(shared, before(bind))
+
+    def _route(self, shared: Shared, bind: Engine | Connection) -> Engine | Connection:
+        """Return an engine over the same pool, whose connections come within the limits."""
+        if not isinstance(bind, Engine):
+            return bind  # it is connected already
+        limited = self._engines.get(bind)
+        if limited is None:
+            self._engines[bind] = limited = bind.execution_options()
+            limited.connect = partial(_connect, shared, ref(limited))  # type: ignore[method-assign]  # it is our own
+            shared.listen(bind)
+            shared.loops.engines.add(limited)
+        return limited
+
+
+def _connect(shared: Shared, engine: ref[Engine]) -> Connection:
+    """Check a connection out for the session at work; called inside SQLAlchemy's greenlet."""
+    state = shared.operating[task_at_work()]._fastapi_async_sqlalchemy
+    return cast("Checkout", state.checkout).connect(cast("Engine", engine()), state.outer_holds)
 
 
 def limits_of(
-    name: str, timeout: object, max_concurrent: object, outer: Limits | None = None
+    name: str, timeout: object, max_concurrent: object, shared: Shared, outer: Limits | None = None
 ) -> Limits | None:
-    """Return limits, checked; what is not asked for is as around."""
+    """Validate limits. Anything not given is inherited from the enclosing unit."""
     seconds = optional_seconds(name, timeout)
     limit = optional_count("max_concurrent", max_concurrent)
     if seconds is None and limit is None:
@@ -72,7 +157,7 @@ def limits_of(
     if outer is not None and seconds is None:
         seconds = outer.timeout
     places = None if outer is None else outer.places
-    return Limits(timeout=seconds, places=places if limit is None else asyncio.Semaphore(limit))
+    return Limits(timeout=seconds, places=places if limit is None else Places(limit, shared.awaited))
 
 
 @define(eq=False, repr=False)
@@ -85,65 +170,39 @@ class Checkout:
     database: str
     limits: Limits
     placed: bool = False
-    deadline: asyncio.Timeout | None = None
-    """Of a connection that is waited for now."""
 
-    def before_operation(self, session: StatefulSession, operation: str) -> None:
-        """Check a connection out in time for an operation that will need one; runs in a greenlet."""
-        if operation not in _WITHOUT_STATEMENT or (operation == "commit" and pending(session)):
-            holds = session._fastapi_async_sqlalchemy.outer_holds
-            self.connect(session.get_bind(), partial(Session.connection, session), holds)
-
-    def connect(
-        self,
-        bind: Engine | Connection,
-        connection: Callable[[], Connection],
-        outer_holds: Callable[[], bool] | None,
-    ) -> Connection:
-        """Call what comes to a connection of an engine, in time; called inside SQLAlchemy's greenlet."""
-        pool = bind.engine.pool
-        timeout = self.limits.timeout
+    def connect(self, engine: Engine, outer_holds: Callable[[], bool] | None) -> Connection:
+        """Check a connection out in time; called inside SQLAlchemy's greenlet."""
+        if self.limits.places is not None and not self.placed:
+            await_only(self.limits.places.take(self))
+            self.placed = True
+        timeout, pool = self.limits.timeout, engine.pool
         if timeout is None and isinstance(pool, QueuePool):
             timeout = pool.timeout()
         deadline = asyncio.timeout(timeout)
         try:
-            return await_only(self._check_out(connection, deadline))
+            return await_only(self._check_out(engine, deadline))
         except TimeoutError as error:
             if timeout is None or not deadline.expired():
                 raise  # a driver's own
             status = pool_status(pool)
-            remedy = NO_PLACE
-            if self.limits.places is None or self.placed:
-                remedy = _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
+            remedy = _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
             raise PoolTimeoutError(self.database, timeout, status, remedy) from error
 
-    async def _check_out(self, connection: Callable[[], Connection], deadline: asyncio.Timeout) -> Connection:
-        self.deadline = deadline
-        try:
-            async with deadline:
-                if self.limits.places is not None and not self.placed:
-                    await self.limits.places.acquire()
-                    self.placed = True
-                return await greenlet_spawn(connection)
-        finally:
-            self.deadline = None
-
-    def connected(self) -> None:
-        """End the deadline: what is sent before the first statement takes as long as it takes."""
-        if self.deadline is not None and not self.deadline.expired():
-            self.deadline.reschedule(None)
+    @staticmethod
+    async def _check_out(engine: Engine, deadline: asyncio.Timeout) -> Connection:
+        async with deadline:
+            return await greenlet_spawn(type(engine).connect, engine)
 
     def after_operation(self, session: Session) -> None:
         """Give the place back once no transaction is open."""
         if self.placed and self.limits.places is not None and not session.in_transaction():
             self.placed = False
-            self.limits.places.release()
+            self.limits.places.give_back(self)
 
 
-NO_PLACE: Final = (
-    "max_concurrent units of this block have one, this task's own perhaps among them, so raise it, or end "
-    "their transactions sooner"
-)
+_DEADLOCK: Final = "max_concurrent={} units of this block have a connection, and all wait for this one"
+_RAISE_LIMIT: Final = "raise max_concurrent, or end their transactions before"
 _NESTED: Final = (
     "this unit stands inside one that holds a connection itself, so end that one's transaction first, or, in "
     "the same task, join it by propagation='required' or 'nested'"

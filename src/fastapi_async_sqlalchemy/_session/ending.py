@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy.exc import IllegalStateChangeError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from .._dialects.interruption import end_statement
 from .state import pending
 from .turns import ENDINGS, take_turn
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from .state import StatefulSession
 
 
-def release(session: StatefulSession) -> None:
+def release(session: Session) -> None:
     """Give the connection of a transaction that only read back; for ``run_sync()``.
 
     Unlike ``rollback()`` this expires nothing, and it is no outcome to the hooks.
     """
-    take_turn(session, "release", lambda: _release(session))
+    watched = cast("StatefulSession", session)
+    take_turn(watched, "release", _release, watched)
 
 
 def _release(session: StatefulSession) -> None:
     state = session._fastapi_async_sqlalchemy
+    state.end_exposed()
     transaction = session.get_transaction()
     hooks, state.hooks = state.hooks, None
+    joined, state.joined = state.joined, ()
     try:
         if transaction is not None:
             transaction.close()
     finally:
-        state.hooks = hooks
+        state.hooks, state.joined = hooks, joined
         if hooks is not None:
             hooks.marks.clear()
 
@@ -66,7 +71,8 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
     """
     state = session._fastapi_async_sqlalchemy
     state.closed = True
-    if await interrupt(opened):
+    connection = await opened.run_sync(_connection_at_hand)
+    if connection is not None and await end_statement(connection):
         await state.idle()
         return
     try:
@@ -76,23 +82,11 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
             await state.idle()
 
 
-async def interrupt(opened: AsyncSession) -> bool:
-    """Interrupt the statement under way, where the driver can; returns whether it can.
-
-    SQLite's drivers do not go on before their statement ends, and one closed under it keeps the file locked.
-    """
-    driver = await opened.run_sync(_driver_connection)
-    if not hasattr(driver, "interrupt"):
-        return False
-    await driver.interrupt()
-    return True
-
-
-def _driver_connection(session: Session) -> Any:
-    """Return the driver's connection of a session that is in the middle of a statement, else None."""
+def _connection_at_hand(session: Session) -> DBAPIConnection | None:
+    """Return the connection of a session that is in the middle of a statement, else None."""
     if not session.in_transaction():
         return None
     try:
-        return Session.connection(session).connection.driver_connection
+        return Session.connection(session).connection.dbapi_connection
     except SQLAlchemyError:  # in the middle of COMMIT or of a checkout
         return None

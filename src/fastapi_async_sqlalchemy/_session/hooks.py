@@ -13,8 +13,7 @@ from anyio import CancelScope
 from attrs import Factory, define
 from sqlalchemy.engine import Connection
 
-from .._arguments.checks import shown
-from ..exceptions import TransactionBegunError, UnexpectedRollbackError
+from ..exceptions import TransactionBegunError, UnexpectedRollbackError, _safe_repr
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
@@ -172,5 +171,5 @@ def _begin_by(hook: BeginHook, connection: Connection) -> None:
     result = hook(connection)
     if inspect.iscoroutine(result):
         result.close()
-        message = f"an on_begin hook must be a plain function, and {shown(hook)} returned a coroutine."
+        message = f"an on_begin hook must be a plain function, and {_safe_repr(hook)} returned a coroutine."
         raise TypeError(message)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from attrs import Factory, define
 from sqlalchemy.exc import InterfaceError
@@ -11,7 +12,7 @@ from .._dialects.statements import decides, has_writing_part
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, ExceptionContext
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import InstanceState, SessionTransaction
 
 
 @define(eq=False, repr=False)
@@ -19,10 +20,10 @@ class SavepointEntry:
     """A SAVEPOINT that was sent, and what the ledger said before it."""
 
     name: str
-    owner: SessionTransaction | None
-    """The session's own savepoint that was current when it was sent, itself perhaps."""
     written: int
     failure: BaseException | None
+    owner: SessionTransaction | None = None
+    """The block of the session's that sent it; None for one of the caller's own SQL."""
 
 
 @define(eq=False, repr=False)
@@ -42,12 +43,16 @@ class Ledger:
     unknown: bool = False
     """The connection broke, or the task was cancelled, while COMMIT was under way."""
     savepoints: list[SavepointEntry] = Factory(list[SavepointEntry])
+    originals: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] = Factory(
+        WeakKeyDictionary["InstanceState[Any]", "dict[str, Any]"]
+    )
+    """What attributes held before the transaction changed them, by object."""
 
-    def note_statement(self, statement: str, verb: str, owner: SessionTransaction | None) -> None:
+    def note_statement(self, statement: str, verb: str) -> None:
         """Count a statement that is about to be sent and may leave something to commit."""
         if verb == "SAVEPOINT":
             name = statement.rsplit(maxsplit=1)[-1]
-            self.savepoints.append(SavepointEntry(name, owner, self.written, self.failure))
+            self.savepoints.append(SavepointEntry(name, self.written, self.failure))
         elif verb == "RELEASE":
             self._end_savepoint(statement)
         elif verb == "ROLLBACK":  # TO SAVEPOINT: what came after it no longer counts
@@ -68,10 +73,16 @@ class Ledger:
                 return entry
         return None
 
+    def name_owner(self, transaction: SessionTransaction) -> None:
+        """Record which block of the session's has sent the last SAVEPOINT."""
+        if self.savepoints:
+            self.savepoints[-1].owner = transaction
+
     def end_block(self, transaction: SessionTransaction) -> None:
-        """Forget the savepoints of a block of the session's that has ended."""
-        while self.savepoints and self.savepoints[-1].owner is transaction:
-            self.savepoints.pop()
+        """Forget the savepoints of a block of the session's that has ended, and those inside of it."""
+        owned = next((at for at, one in enumerate(self.savepoints) if one.owner is transaction), None)
+        if owned is not None:
+            del self.savepoints[owned:]
 
     def note_error(
         self, context: ExceptionContext, statement: str | None, *, committing: bool, xid: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
 from ..exceptions import UnexpectedRollbackError
 from .ledger import BLANK
+from .restoring import note_flushed
+from .state import task_name
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -21,11 +24,19 @@ if TYPE_CHECKING:
     from .state import SessionState, StatefulSession
 
 
+BROKEN: Final = "it was rolled back in the middle of a block that had joined it"
+OWN_UNIT: Final = (
+    "await the block's task before the unit commits, rolls back or ends, or give the block a unit of its own "
+    "by propagation='requires_new'"
+)
+
+
 def follow(session_class: type[StatefulSession]) -> None:
     """Follow the transactions of a class of sessions, however they end."""
     event.listen(session_class, "after_begin", _after_begin)
     event.listen(session_class, "before_commit", _before_commit)
     event.listen(session_class, "after_commit", _after_commit, insert=True)  # before a listener that may fail
+    event.listen(session_class, "after_flush", note_flushed)
     event.listen(session_class, "after_transaction_end", _after_transaction_end)
 
 
@@ -33,6 +44,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
     """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
     state = session._fastapi_async_sqlalchemy
     state.committing = False
+    state.end_exposed()
     if state.hooks is not None:
         if lifts_marks:
             state.hooks.marks.clear()
@@ -42,10 +54,13 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
 
 def _after_begin(session: StatefulSession, transaction: SessionTransaction, connection: Connection) -> None:
     state = session._fastapi_async_sqlalchemy
-    state.shared.connections[connection] = ref(session)
-    if state.checkout is not None:
-        state.checkout.connected()
-    if transaction.parent is None and state.hooks is not None:
+    shared = state.shared
+    if connection.engine is not shared.engine:
+        shared.listen(connection.engine)
+    if transaction.nested:
+        state.ledger.name_owner(transaction)
+    elif state.hooks is not None and state.hooks.begin:
+        shared.connections[connection] = ref(session)  # a hook may hand it on
         state.hooks.begun(connection)
 
 
@@ -56,21 +71,37 @@ def _before_commit(session: StatefulSession) -> None:
     if state.hooks is not None:
         state.hooks.refuse_commit()
         await_only(state.hooks.before_commit())
+    if state.ledger.failure is not None or state.joined or state.hooks is not None:
+        require_commit(session)
+    if state.exposed:
+        state.wait_for_exposed()
+    state.committing = True
+
+
+def require_commit(session: StatefulSession) -> None:
+    """Raise ``UnexpectedRollbackError`` if the transaction can only be rolled back."""
+    state = session._fastapi_async_sqlalchemy
+    if state.hooks is not None:
         state.hooks.refuse_commit()
+    for block in state.joined:
+        if block.elsewhere():
+            reason = f"{task_name(block.task)} is in the middle of a block that has joined it"
+            raise UnexpectedRollbackError(state.shared.name, reason, OWN_UNIT)
+        if block.broken:
+            raise UnexpectedRollbackError(state.shared.name, BROKEN, OWN_UNIT)
     if state.ledger.failure is not None:
         _refuse_silent_rollback(state.ledger, state.shared.name)
-    state.committing = True
 
 
 def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
     """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
-    reason = "the database has rolled it back after a conflict"
+    failure, reason = ledger.failure, "the database has rolled it back after a conflict"
     if not ledger.lost:
         if _answers(ledger):
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
-    raise UnexpectedRollbackError(database, reason) from ledger.failure
+    raise UnexpectedRollbackError(database, reason) from failure
 
 
 def _answers(ledger: Ledger) -> bool:
@@ -91,26 +122,45 @@ def _after_commit(session: StatefulSession) -> None:
     # SQLAlchemy may not reach the end of the transaction: the task may be cancelled at the pool's reset
     state.committed_writes = state.committed_writes or state.ledger.written > 0
     state.committing = False
+    state.committed = True
     state.ledger = BLANK
     if state.hooks is not None:
         state.hooks.decide(committed=True)
 
 
+def end_committed(session: StatefulSession) -> None:
+    """End a transaction that was committed although ``commit()`` raises: a listener of the user's failed."""
+    state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
+    if transaction is None:
+        return
+    if state.committing:  # no listener of ours was reached, nor did the database refuse
+        ends = [end.is_active for _, end, *_ in transaction._connections.values()]
+        if ends and not any(ends):
+            _after_commit(session)
+    if state.committed:
+        transaction.close()
+
+
 def _after_transaction_end(session: StatefulSession, transaction: SessionTransaction) -> None:
     state = session._fastapi_async_sqlalchemy
-    if transaction.parent is None:
+    if not session.in_transaction():
         _end_root(session, state)
     elif transaction.nested:
         released, state.released = state.released, False
         if state.ledger is not BLANK:
             state.ledger.end_block(transaction)
+        if not released and not session._is_clean():
+            _discard_changes(session)
         if state.hooks is not None:
             state.hooks.follow_savepoint(transaction, kept=released)
 
 
 def _end_root(session: StatefulSession, state: SessionState) -> None:
     unknown, state.ledger = state.ledger.unknown, BLANK
-    state.committing = False
+    committed, state.committed, state.committing = state.committed, False, False
+    if not committed:
+        for block in state.joined:
+            block.broken = block.broken or block.elsewhere()
     if state.checkout is not None:
         state.checkout.after_operation(session)
     if state.hooks is not None:
@@ -118,3 +168,13 @@ def _end_root(session: StatefulSession, state: SessionState) -> None:
             state.hooks.drop()
         else:
             await_only(state.hooks.settled(committed=False))  # a COMMIT has decided its hooks before
+
+
+def _discard_changes(session: StatefulSession) -> None:
+    """Drop what was changed inside a savepoint after a flush had failed: SQLAlchemy keeps it."""
+    for one in session.new:
+        session.expunge(one)
+    for one in session.deleted:
+        Session.add(session, one)
+    for one in session.dirty:
+        session.expire(one)

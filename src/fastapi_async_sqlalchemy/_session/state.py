@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import current_task
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 
 from attrs import Factory, define
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
+from .._dialects.interruption import end_statement, may_be_in_use, statement_end
 from .._dialects.statements import READS, verb_of
 from .ledger import BLANK, Ledger
+from .loops import Loops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
-    from .checkout import Checkout
+    from .checkout import Checkout, Route
     from .hooks import Hooks
     from .streams import Stream
 
@@ -40,12 +44,19 @@ class Shared:
         dict["asyncio.Task[Any] | None", "StatefulSession"]
     )
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
-    engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
-    """The engines that are listened to."""
+    loops: Loops = Factory(Loops)
+    engine: Engine | None = None
+    """The engine that is bound, which most connections are of."""
     unbuffered: bool = False
     """There are streams that another statement would cut short."""
-    loop: asyncio.AbstractEventLoop | None = None
-    """The event loop of asyncpg's pooled connections, which do not notice that another one breaks them."""
+    awaited: WeakKeyDictionary[asyncio.Task[Any], asyncio.Task[Any]] = Factory(
+        WeakKeyDictionary["asyncio.Task[Any]", "asyncio.Task[Any]"]
+    )
+    """The task that waits for the end of another one, as the caller of ``db.gather()`` does, by that one."""
+
+    def listen(self, engine: Engine) -> None:
+        """Listen to an engine; doing so twice is once."""
+        raise NotImplementedError
 
     def session_of(self, connection: Connection) -> StatefulSession | None:
         """Return the session that a connection works for at the moment."""
@@ -53,6 +64,20 @@ class Shared:
         if session is None and (used := self.connections.get(connection)) is not None:
             session = used()
         return session
+
+
+@define(eq=False, repr=False)
+class JoinedBlock:
+    """A block that has joined a unit: all of it is committed with the unit, or nothing."""
+
+    task: asyncio.Task[Any] | None
+    broken: bool = False
+    """The transaction was rolled back in the middle of it."""
+    ended: asyncio.Event = Factory(asyncio.Event)
+
+    def elsewhere(self) -> bool:
+        """Whether it runs in another task than the current one."""
+        return self.task is not task_at_work()
 
 
 class SessionState:
@@ -76,10 +101,20 @@ class SessionState:
     hooks: Hooks | None = None
     checkout: Checkout | None = None
     """How the session comes to its connections, where that is limited."""
+    route: Route | None = None
+    """From the engine that the session chose to the one that applies its unit's settings and limits."""
     outer_holds: Callable[[], bool] | None = None
     """Whether a unit around this session's holds a connection of the same pool."""
-    exposed: bool = False
-    """User code has the connection: a task may be in the middle of a statement on it."""
+    streamed: bool = False
+    """The statement that was sent last leaves rows at the server."""
+    resets_on_close: bool = True
+    """What ``close_resets_only`` asks for, as long as the unit is open."""
+    joined: Sequence[JoinedBlock] = ()
+    """The blocks of the unit that have joined it and are open."""
+    committed: bool = False
+    """COMMIT was done, and the transaction is about to end."""
+    exposed: frozenset[Connection] = frozenset()
+    """The connections that user code has: a task may be in the middle of a statement on one."""
     waiter: asyncio.Future[None] | None = None
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is decided."""
@@ -89,9 +124,21 @@ class SessionState:
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
 
+    def limit(self, checkout: Checkout) -> None:
+        """Have the session's connections come within limits."""
+        self.checkout = checkout
+        self.route = checkout.limits.route_after(self.route, self.shared)
+
     def busy(self) -> bool:
         """Whether another task is in the middle of an operation."""
         return self.holder is not None and self.holder is not current_task()
+
+    async def joined_ended(self, patience: float | None) -> None:
+        """Wait until the blocks of other tasks that have joined are left, or for so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while elsewhere := [block for block in self.joined if block.elsewhere()]:
+                    await elsewhere[0].ended.wait()
 
     async def idle(self) -> None:
         """Wait until no other task is in the middle of an operation."""
@@ -99,6 +146,28 @@ class SessionState:
             if self.waiter is None:
                 self.waiter = asyncio.get_running_loop().create_future()
             await asyncio.shield(self.waiter)
+
+    def expose(self, connection: Connection) -> None:
+        """Note that user code has a connection."""
+        self.exposed = frozenset(one for one in self.exposed if not one.closed) | {connection}
+
+    def wait_for_exposed(self) -> None:
+        """Wait until no task is in the middle of a statement on a connection that user code has."""
+        for connection in self._exposed_in_use():
+            await_only(statement_end(connection.connection.dbapi_connection))
+
+    def end_exposed(self) -> None:
+        """End the statements on the connections that user code has: the transaction is given up."""
+        for connection in self._exposed_in_use():
+            if not await_only(end_statement(connection.connection.dbapi_connection)):
+                connection.invalidate()
+
+    def _exposed_in_use(self) -> list[Connection]:
+        return [
+            one
+            for one in self.exposed
+            if not (one.closed or one.invalidated) and may_be_in_use(one.connection.dbapi_connection)
+        ]
 
     def streaming(self) -> bool:
         """Whether a result of ``stream()`` or ``stream_scalars()`` is unread and still referenced."""
@@ -132,6 +201,17 @@ class SessionState:
             )
 
 
+@define(eq=False, repr=False)
+class LateState:
+    """Makes the state of a session that is first asked for it, and is passed over from then on."""
+
+    shared: Shared
+
+    def __get__(self, session: StatefulSession, _: type[StatefulSession]) -> SessionState:
+        session._fastapi_async_sqlalchemy = state = SessionState(self.shared)
+        return state
+
+
 class StatefulSession(Session):
     """A session with this package's one attribute."""
 
@@ -140,7 +220,7 @@ class StatefulSession(Session):
 
 def pending(session: Session) -> int:
     """Count the objects that the next flush would write."""
-    if session._is_clean():  # pyright: ignore[reportPrivateUsage]  # the public sets take thirty times as long
+    if session._is_clean():  # the public sets take thirty times as long
         return 0
     return len(session.new) + sum(map(session.is_modified, session.dirty)) + len(session.deleted)
 
@@ -151,9 +231,11 @@ def has_written(session: StatefulSession) -> bool:
 
 
 def held_by_owner(session: StatefulSession) -> bool:
-    """Whether user code holds the transaction: ``begin()``, a savepoint, a stream, a busy task."""
+    """Whether user code holds the transaction: ``begin()``, a savepoint, a block, a stream, a busy task."""
     state = session._fastapi_async_sqlalchemy
     if state.ledger.begun or session.in_nested_transaction():
+        return True
+    if state.joined and not all(block.elsewhere() for block in state.joined):
         return True
     return (bool(state.streams) and state.streaming()) or state.busy()
 
@@ -162,8 +244,7 @@ def note_statement(session: StatefulSession, statement: str) -> None:
     """Record a statement that is about to be sent, unless it only reads."""
     verb = verb_of(statement)
     if verb not in READS:
-        ledger = session._fastapi_async_sqlalchemy.writing()
-        ledger.note_statement(statement, verb, session.get_nested_transaction())
+        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb)
 
 
 def task_at_work() -> asyncio.Task[Any] | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from attrs import frozen
 from sqlalchemy.engine import CursorResult, Result
 
+from .._dialects.statements import UNBUFFERED
+
 if TYPE_CHECKING:
     from .state import StatefulSession
-
-_UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
-"""Dialects whose connections forget the rows that are left when another statement is sent."""
 
 
 @frozen(eq=False, repr=False)
@@ -32,7 +31,7 @@ class Stream:
         if not isinstance(held, Result):
             return held is not None and not self._exhausted
         # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
-        return not held._soft_closed  # pyright: ignore[reportPrivateUsage]
+        return not held._soft_closed
 
     @property
     def between_rows(self) -> bool:
@@ -50,20 +49,24 @@ class Stream:
             (held if isinstance(held, Result) else held.cursor).close()
 
 
-def cursor_of(result: Result[Any]) -> CursorResult[Any] | None:
-    """Return what fetches the rows of a result; None is for one that came from memory."""
-    raw: Result[Any] = getattr(result, "raw", result)
-    return raw if isinstance(raw, CursorResult) else None
-
-
-def watch_stream(session: StatefulSession, result: Result[Any]) -> None:
+def watch_stream(session: StatefulSession, result: object) -> None:
     """Remember that a result is still to be read, and which session it belongs to if that fails."""
-    cursor = cursor_of(result)
-    if cursor is None:
-        return
     state = session._fastapi_async_sqlalchemy
-    held = cursor.context if cursor is result else result
-    stream = Stream(ref(held), vars(cursor), cursor.dialect.name in _UNBUFFERED)
+    state.streamed = False
+    found: Any = result
+    if not _is(Result, found):
+        found = getattr(found, "_real_result", None)  # of a ScalarResult, which has no public name for it
+    raw: Any = getattr(found, "raw", found)
+    if not _is(CursorResult, raw):
+        return  # it came from memory
+    cursor: CursorResult[Any] = raw
+    held: Any = cursor.context if cursor is found else found
+    stream = Stream(ref(held), vars(cursor), cursor.dialect.name in UNBUFFERED)
     state.streams += (stream,)
     state.shared.connections[cursor.connection] = ref(session)
     state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered
+
+
+def _is(kind: type[object], value: object) -> bool:
+    """Whether a value is of a kind; type checkers would take the kind's parameters for unknown."""
+    return isinstance(value, kind)

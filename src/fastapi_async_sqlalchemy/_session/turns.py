@@ -18,6 +18,7 @@ from sqlalchemy.util import EMPTY_DICT, await_only
 from ..exceptions import ConcurrentUseError, PoolTimeoutError, UnexpectedRollbackError, UnitClosedError
 from .cancellation import clear_frames
 from .checkout import pool_status, remedy_for
+from .restoring import note_loaded
 from .state import SessionState, StatefulSession, task_at_work, task_name
 from .streams import watch_stream
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from .state import Shared
 
 T = TypeVar("T")
 
@@ -36,31 +36,27 @@ _GIVES_UP: Final = frozenset({"rollback", "close", "reset", "invalidate", "relea
 _STREAM_LEFT: Final = (
     "a stream has rows left, which would be lost (read it to its end, or `await result.close()`)"
 )
-_FLUSH_FAILED: Final = "a flush in it failed and SQLAlchemy has rolled it back"
-_OWN_LOOP: Final = (
-    "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
-    "give the other loop an engine of its own"
-)
+_FLUSH_FAILED: Final = "a flush in it failed and it has been rolled back"
 
 
-def take_turn(session: StatefulSession, name: str, call: Callable[[], T]) -> T:
+def take_turn(session: StatefulSession, name: str, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run an operation when no other task is in the middle of one; refuse it otherwise."""
     state = session._fastapi_async_sqlalchemy
     task = task_at_work()
     if (state.holder is not None or state.closed) and _reenter(state, task, name):
-        return call()
+        return call(*args, **kwargs)
     outer = _enter(state, session, task, name)
     try:
-        if state.checkout is not None:
-            state.checkout.before_operation(session, name)
-        result = call()
+        result = call(*args, **kwargs)
     except BaseException as error:
-        _translate(session, state, error)
+        _translate(state, error)
         raise
     finally:
         _leave(session, state, task, outer)
     if state.closed and name not in ENDINGS:
         raise UnitClosedError(state.shared.name)
+    if state.streamed:
+        watch_stream(session, result)
     return result
 
 
@@ -70,7 +66,7 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
-        return take_turn(session, name, lambda: method(session, *args, **kwargs))
+        return take_turn(session, name, method, session, *args, **kwargs)
 
     return operation
 
@@ -99,8 +95,8 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
         task = task_at_work()
         outer = _enter(state, session, task, "execute")
         try:
-            if state.checkout is not None:
-                state.checkout.before_operation(session, "execute")
+            if getattr(statement, "is_dml", False) and session.identity_map:
+                note_loaded(session, statement)
             result = method(
                 session,
                 statement,
@@ -109,13 +105,13 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
                 bind_arguments=bind_arguments,
             )
         except BaseException as error:
-            _translate(session, state, error)
+            _translate(state, error)
             raise
         finally:
             _leave(session, state, task, outer)
         if state.closed:
             raise UnitClosedError(state.shared.name)
-        if execution_options and "stream_results" in execution_options:
+        if state.streamed:
             watch_stream(session, result)
         return result
 
@@ -194,8 +190,8 @@ def _enter(
 ) -> StatefulSession | None:
     """Begin an operation; returns the session whose operation this task is in the middle of already."""
     shared = state.shared
-    if shared.loop is not None and task is not None and task.get_loop() is not shared.loop:
-        _refuse_other_loop(shared, task, name)
+    if task is not None and (loop := task.get_loop()) is not shared.loops.current:
+        shared.loops.take_over(loop, shared.name, f"{task_name(task)} called {name}()")
     if shared.unbuffered and name not in _GIVES_UP:
         _refuse_between_rows(state, task, name)
     state.holder = task
@@ -237,15 +233,6 @@ def _leave_to_others(session: StatefulSession, state: SessionState, task: asynci
         state.waiter = None
 
 
-def _refuse_other_loop(shared: Shared, task: asyncio.Task[Any], name: str) -> None:
-    """Refuse the connections of a loop that runs in another thread; an emptied pool has none."""
-    pools = (engine.pool for engine in shared.engines)
-    kept = any(isinstance(pool, QueuePool) and (pool.checkedin() or pool.checkedout() > 0) for pool in pools)
-    if kept and shared.loop is not None and shared.loop.is_running():
-        attempt, busy = f"{task_name(task)} called {name}()", "another running event loop has connections"
-        raise ConcurrentUseError(shared.name, attempt, busy, _OWN_LOOP)
-
-
 def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
     """Refuse an operation over which the driver would lose the rows that a stream has left."""
     if any(stream.between_rows for stream in state.streams):
@@ -253,7 +240,7 @@ def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, na
         raise ConcurrentUseError(state.shared.name, attempt, _STREAM_LEFT)
 
 
-def _translate(session: StatefulSession, state: SessionState, error: BaseException) -> None:
+def _translate(state: SessionState, error: BaseException) -> None:
     """Raise this package's error in place of one that says less."""
     clear_frames(error)
     if not isinstance(error, Exception):
@@ -264,7 +251,7 @@ def _translate(session: StatefulSession, state: SessionState, error: BaseExcepti
     if isinstance(error, PendingRollbackError) and state.operation == "commit" and state.ledger.failure:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
-        pools = [session.get_bind().engine.pool, *(engine.pool for engine in state.shared.engines)]
+        pools = [engine.pool for engine in state.shared.loops.engines]
         pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
         timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
         remedy = remedy_for(state.outer_holds)

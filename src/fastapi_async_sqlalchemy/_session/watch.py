@@ -6,14 +6,12 @@ engine to a slower path.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from attrs import Factory, define
 from sqlalchemy import event
-from sqlalchemy.pool import QueuePool
 
-from .._dialects.errors import before_on_sqlite, is_transaction_lost
+from .._dialects.errors import begin_in_time, is_transaction_lost
 from .state import Shared, note_statement, task_at_work
 from .watched import watched_class
 
@@ -40,17 +38,15 @@ class Watch(Shared):
         return self.classes[base]
 
     def listen(self, engine: Engine) -> None:
-        """Listen to an engine; doing so twice is once to SQLAlchemy."""
-        self.engines.add(engine)
-        event.listen(engine, "do_execute", self._do_execute)
-        event.listen(engine, "do_executemany", self._do_execute)
-        event.listen(engine, "do_execute_no_params", self._do_execute_no_params)
-        event.listen(engine, "handle_error", self._handle_error)
-        if engine.dialect.driver == "asyncpg" and isinstance(engine.pool, QueuePool):
-            event.listen(engine, "connect", self._connected)
-
-    def _connected(self, *_: object) -> None:
-        self.loop = asyncio.get_running_loop()
+        """Listen to an engine; doing so twice is once."""
+        if engine in self.loops.engines:
+            return
+        self.loops.follow(engine)
+        dialect = engine.dialect  # which engines that are derived from one another share
+        event.listen(dialect, "do_execute", self._do_execute)
+        event.listen(dialect, "do_executemany", self._do_execute)
+        event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
+        event.listen(dialect, "handle_error", self._handle_error)
 
     def xid(self) -> str:
         """Name the two-phase transaction that the session at work is beginning."""
@@ -60,11 +56,15 @@ class Watch(Shared):
     def _do_execute(
         self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
     ) -> None:
+        options = context.execution_options
+        if "stream_results" in options or "yield_per" in options:
+            session = self.session_of(context.root_connection)
+            if session is not None:
+                session._fastapi_async_sqlalchemy.streamed = True
         if not statement.startswith("SELECT"):
             session = self.session_of(context.root_connection)
             if session is not None:
-                if context.dialect.name == "sqlite":
-                    before_on_sqlite(cursor, statement, context.root_connection)
+                begin_in_time(cursor, statement, context.root_connection)
                 note_statement(session, statement)
 
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:

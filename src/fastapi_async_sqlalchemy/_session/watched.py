@@ -11,14 +11,14 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, follow
-from .state import SessionState, StatefulSession, has_written, pending
+from .outcome import decide_rollback, end_committed, follow, require_commit
+from .state import LateState, StatefulSession, has_written, pending
 from .turns import take_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
 
     from .state import Shared
 
@@ -47,14 +47,25 @@ _GUARDS: Final[tuple[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], t
 class WatchedSession(StatefulSession):
     """A session that serves one task at a time, and none after its unit's end."""
 
+    def commit(self) -> None:
+        """Commit; where that is refused, savepoints that are open stay open."""
+        if self.in_nested_transaction() and self.is_active:
+            require_commit(self)
+        try:
+            super().commit()
+        except BaseException:
+            end_committed(self)
+            raise
+
     def rollback(self) -> None:
         """Roll back; lifts every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
         super().rollback()
 
     def close(self) -> None:
-        """Close for good once the unit has ended; before that, begin afresh, as is SQLAlchemy's default."""
-        if self._fastapi_async_sqlalchemy.closed:
+        """Close for good once the unit has ended; before that, as ``close_resets_only`` says."""
+        state = self._fastapi_async_sqlalchemy
+        if state.closed or not state.resets_on_close:
             super().close()
         else:
             self.reset()
@@ -79,19 +90,22 @@ class WatchedSession(StatefulSession):
             ended.close(invalidate=True)
         super().reset()
 
+    def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
+        """Return the engine that the session's own class chooses, or one derived from it."""
+        bind: Engine | Connection = super().get_bind(*args, **kwargs)
+        route = self._fastapi_async_sqlalchemy.route
+        return bind if route is None else route(bind)
+
     def connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
     ) -> Connection:
         """Return the connection, and remember that it may be used without calling this session."""
         state = self._fastapi_async_sqlalchemy
-        connect = partial(super().connection, bind_arguments, execution_options)
-        if state.checkout is None:
-            connection = connect()
-        else:
-            bind = self.get_bind(**(bind_arguments or {}))
-            connection = state.checkout.connect(bind, connect, state.outer_holds)
+        if state.route is not None and bind_arguments and "bind" in bind_arguments:
+            bind_arguments = {"bind": self.get_bind(**bind_arguments)}  # SQLAlchemy does not ask for it
+        connection = super().connection(bind_arguments, execution_options)
         state.shared.connections[connection] = ref(self)
-        state.exposed = True
+        state.expose(connection)
         return connection
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -101,20 +115,6 @@ class WatchedSession(StatefulSession):
         if not nested:  # what a savepoint begins around itself belongs to nobody
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
-
-    def __del__(self) -> None:
-        inherited = getattr(super(), "__del__", None)
-        if inherited is not None:
-            inherited()
-        state = self.__dict__.get("_fastapi_async_sqlalchemy")
-        if state is not None and not state.closed and hasattr(self, "hash_key") and self.in_transaction():
-            warnings.warn(
-                f"A session of {state.shared.name} was garbage-collected with its transaction open: "
-                "leave the unit of work, `async with db():`, before dropping it.",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
 
 
 class OwnedTransaction(SessionTransaction):
@@ -127,13 +127,18 @@ class OwnedTransaction(SessionTransaction):
             super().commit(*args, **kwargs)
             return
         end = partial(super().commit, *args, **kwargs)
-        take_turn(session, "commit", partial(self._commit, session, end))
+        take_turn(session, "commit", self._commit, session, end)
 
     def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
-        if self.parent is None:  # savepoints first, so that the event of the root's COMMIT is told apart
+        if self.parent is None and session.in_nested_transaction():
+            require_commit(session)  # else savepoints would end, and COMMIT would then be refused
             while (savepoint := session.get_nested_transaction()) is not None:
                 savepoint.commit()
-        end()
+        try:
+            end()
+        except BaseException:
+            end_committed(session)
+            raise
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
         """Roll back, to the savepoint if it is one."""
@@ -150,12 +155,12 @@ class OwnedTransaction(SessionTransaction):
 
 def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
     """Make the subclass of a session class for the sessions of one database."""
-
-    def __init__(self: WatchedSession, *args: Any, **kwargs: Any) -> None:  # noqa: N807  # of the class below
-        self._fastapi_async_sqlalchemy = SessionState(shared)
-        super(watched, self).__init__(*args, **kwargs)
-
-    members = {"__init__": __init__, "__module__": base.__module__, "__doc__": base.__doc__}
+    members = {
+        "_fastapi_async_sqlalchemy": LateState(shared),
+        "__del__": _finalizer(getattr(base, "__del__", None)),
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
     for guard, names in _GUARDS:
         for name in names:
@@ -163,3 +168,22 @@ def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
                 setattr(watched, name, guard(getattr(watched, name)))
     follow(watched)
     return cast("type[WatchedSession]", watched)
+
+
+def _finalizer(inherited: Callable[[Session], None] | None) -> Callable[[WatchedSession], None]:
+    """Return a ``__del__`` that warns of a session which was dropped with its transaction open."""
+
+    def finalize(session: WatchedSession) -> None:
+        if inherited is not None:
+            inherited(session)
+        state = session._fastapi_async_sqlalchemy
+        if not state.closed and hasattr(session, "hash_key") and session.in_transaction():
+            warnings.warn(
+                f"A session of {state.shared.name} was garbage-collected with its transaction open: "
+                "leave the unit of work, `async with db():`, before dropping it.",
+                ResourceWarning,
+                stacklevel=2,
+                source=session,
+            )
+
+    return finalize

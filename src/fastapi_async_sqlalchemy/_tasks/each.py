@@ -43,8 +43,8 @@ class TaskUnits(Place[S_co]):
     Units are held by their tasks, and weakly: a task that has ended leaves nothing behind.
     """
 
-    _config: UnitConfig[S_co] = field(kw_only=True)
-    _owner: asyncio.Task[Any] = field(kw_only=True)
+    _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
+    _owner: asyncio.Task[Any] = field(kw_only=True, alias="owner")
     """The task of the block, whose unit shares the block's outcome."""
     _ended: bool = False
     _units: WeakKeyDictionary[asyncio.Task[Any], UnitOfWork[S_co]] = Factory(

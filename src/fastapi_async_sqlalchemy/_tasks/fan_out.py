@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from attrs import Factory, define, evolve
 
-from .._arguments.checks import boolean, optional_count, shown
+from .._arguments.checks import boolean, optional_count
 from .._session.cancellation import to_completion
 from .._session.checkout import limits_of
 from .._unit.database import S_co
 from .._unit.place import open_unit
 from .._unit.scope import UnitScope
+from ..exceptions import _safe_repr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -38,6 +39,15 @@ class Children(Generic[S_co]):
 
     config: UnitConfig[S_co]
     current: ContextVar[Place[S_co]]
+
+    def await_all(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """Note that the current task waits for others, and refuse what they could never have before it."""
+        waiting, shared = asyncio.current_task(), self.config.database.shared
+        if waiting is not None:
+            shared.awaited.update(dict.fromkeys(tasks, waiting))
+        limits = self.config.limits
+        if limits is not None and limits.places is not None:
+            limits.places.refuse_deadlock()
 
     def scope(self) -> UnitScope[S_co]:
         """Return a new unit."""
@@ -81,7 +91,9 @@ def coroutines_of(values: Iterable[object]) -> list[Coroutine[Any, Any, Any]]:
     found: list[Coroutine[Any, Any, Any]] = [value for value in given if isinstance(value, Coroutine)]
     if wrong:
         close(found)
-        message = f"each argument must be a coroutine, as work() is of an `async def`, not {shown(wrong[0])}."
+        message = (
+            f"each argument must be a coroutine, as work() is of an `async def`, not {_safe_repr(wrong[0])}."
+        )
         raise TypeError(message)
     if len({id(coroutine) for coroutine in found}) < len(found):
         close(found)
@@ -107,8 +119,11 @@ async def gather(
 
     The first error cancels the others, waits until their units are settled, and goes on.
     """
+    if max_concurrent is None and children.config.limits is not None:
+        max_concurrent = children.config.limits.max_concurrent
     places = _places(max_concurrent)
     tasks = [asyncio.ensure_future(children.run(coroutine, places)) for coroutine in coroutines]
+    children.await_all(tasks)
     try:
         await _all_or_first_error(tasks, return_exceptions=return_exceptions)
         errors = [_error(task) for task in tasks]
@@ -199,6 +214,7 @@ class UnitTaskGroup(Generic[S_co]):
     _max_concurrent: int | None
     _group: asyncio.TaskGroup = Factory(asyncio.TaskGroup)
     _entered: tuple[Children[S_co], AbstractAsyncContextManager[Any]] | None = None
+    _running: set[asyncio.Task[Any]] = Factory(set["asyncio.Task[Any]"])
 
     async def __aenter__(self) -> Self:
         children = self._children()
@@ -221,12 +237,16 @@ class UnitTaskGroup(Generic[S_co]):
             running.close()
             coroutine.close()
             raise
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: coroutine.close())
         return task
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._entered is not None:
+            self._entered[0].await_all(self._running)
         await self._group.__aexit__(kind, error, trace)
 
 
@@ -258,7 +278,7 @@ def open_connection(
 ) -> Connection[S_co]:
     """Return the block that ``db.connection()`` asks for."""
     children = _children_of(handle, commit_on_exit, None)
-    limits = limits_of("timeout", timeout, None, children.config.limits)
+    limits = limits_of("timeout", timeout, None, handle._database.shared, children.config.limits)
     return Connection(UnitScope(evolve(children.config, limits=limits), children.current))
 
 

@@ -60,7 +60,7 @@ def open_scope(
     if session_args is not None or settings is not database.settings:
         make = database.maker(session_args, settings)
     if pool_timeout is not None or max_concurrent is not None:
-        limits = limits_of("pool_timeout", pool_timeout, max_concurrent)
+        limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
     config = database.configs[commit_on_exit]
     if make or limits:
         config = UnitConfig(database, settings, make, limits, commit_on_exit)
@@ -107,13 +107,15 @@ def _on_replica(
     wait = replay(database.name, database.engine, position, timeout)
     primary = None
     if fallback is not None:
-        if not isinstance(fallback, Handle) or fallback._database.engine is database.engine:
+        primary_engine: AsyncEngine | None = None
+        if isinstance(fallback, Handle):
+            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # mypy finds a cast redundant
+        if primary_engine is None or primary_engine is database.engine:
             message = "fallback must be the primary's proxy, which has an engine of its own."
             raise ConfigurationError(message)
         settings = evolve(new.config.settings, read_only=True)
-        engine: AsyncEngine = fallback._database.engine
-        require_postgresql("fallback", engine)
-        make = database.maker(session_args, settings, engine)
+        require_postgresql("fallback", primary_engine)
+        make = database.maker(session_args, settings, primary_engine)
         primary = UnitScope(UnitConfig(database, settings, make, new.config.limits), handle._current)
     return ReplicaScope(new, wait, primary)
 

@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .._arguments.checks import count, propagation_of, shown
+from .._arguments.checks import count, propagation_of
 from .._dialects.errors import is_conflict
 from .._unit.database import UnitConfig
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
-from ..exceptions import ConfigurationError, PropagationError
+from ..exceptions import ConfigurationError, PropagationError, _safe_repr
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -34,7 +34,7 @@ def transactional(
     ``alone`` tells whether the unit will be its own: a part of a unit cannot be done again.
     """
     if not inspect.iscoroutinefunction(function):
-        message = f"transactional is for coroutine functions (`async def`), not {shown(function)}."
+        message = f"transactional is for coroutine functions (`async def`), not {_safe_repr(function)}."
         raise ConfigurationError(message)
 
     @functools.wraps(function)

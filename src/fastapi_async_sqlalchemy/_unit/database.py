@@ -8,26 +8,28 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
 from attrs import Factory, define
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
 from .._arguments.engines import Holder, holder, place_of
-from .._arguments.keywords import session_arguments
-from .._dialects.begin import PLAIN, engine_for
+from .._arguments.keywords import require_fitting, session_arguments
+from .._dialects.begin import PLAIN, require_read_only_twophase
+from .._session.loops import running_loop
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
-from .settings import refuse_flush
+from .settings import SettingsRoute
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
     from weakref import ref
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.orm import Session
 
     from .._dialects.begin import TransactionSettings
     from .._session.checkout import Limits
+    from .._session.state import StatefulSession
 
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -89,6 +91,11 @@ class Database(Generic[S_co]):
         return self._watch.name
 
     @property
+    def shared(self) -> Watch:
+        """What its sessions have in common."""
+        return self._watch
+
+    @property
     def connected(self) -> bool:
         """Whether there is an engine."""
         return self._engine is not None
@@ -124,6 +131,9 @@ class Database(Generic[S_co]):
         self._variants.clear()
         self._watch.name = self._label()
         self._watch.listen(engine.sync_engine)
+        self._watch.engine = engine.sync_engine
+        if (loop := running_loop()) is not None:
+            self._watch.loops.bind(loop)
         self.watch_pool(watcher)
 
     def watch_pool(self, watcher: PoolWatcher | None) -> None:
@@ -147,6 +157,7 @@ class Database(Generic[S_co]):
         """Forget the engine."""
         if self._watcher is not None:
             self._watcher.end()
+        self._watch.engine = None
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self._variants.clear()
         self._watch.name = self._label()
@@ -180,42 +191,38 @@ class Database(Generic[S_co]):
     def _maker(
         self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
     ) -> Callable[[], S_co]:
-        """Return what makes a session, tried once so that a wrong argument shows now."""
-        keywords: dict[str, Any] = {"expire_on_commit": False, **arguments, "close_resets_only": False}
+        """Return what makes a session; a wrong argument shows now, and no session is made."""
+        keywords: dict[str, Any] = {"expire_on_commit": False, **arguments}
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
-        keywords["sync_session_class"] = self._watch.session_class(
-            keywords.get("sync_session_class") or class_.sync_session_class
-        )
-        binds: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
-        for bind in binds.values():
-            self._watch.listen((bind.engine if isinstance(bind, AsyncConnection) else bind).sync_engine)
-        if settings.twophase:
-            keywords["twophase"] = True
-            if binds:
-                message = (
-                    "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
-                )
-                raise ConfigurationError(message)
-        if settings.read_only and keywords.get("twophase") and engine.dialect.name != "postgresql":
-            message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
-            raise ConfigurationError(message)
+        base: type[Session] = keywords.pop("sync_session_class", None) or class_.sync_session_class
+        given: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
+        binds = [_sync(bind) for bind in given.values()]
+        _apply_twophase(settings, engine, keywords)
+        require_fitting(class_, base, engine, keywords)
+        route = None
         if settings is not PLAIN:
-            engine = engine_for(engine, settings, self._watch.xid)
-            keywords["binds"] = {
-                key: engine_for(_engine(bind), settings, self._watch.xid) for key, bind in binds.items()
-            }
-        make = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
-        try:
-            make()
-        except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
-            message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
-            raise ConfigurationError(message) from error
-        return functools.partial(self._read_only, make) if settings.read_only else make
+            route = SettingsRoute(settings, self._watch, engine.sync_engine)
+            for bind in (engine.sync_engine, *binds):
+                route(bind)  # refuses now what the database does not have
+        for bind in binds:
+            self._watch.listen(bind.engine)
+        resets_on_close = keywords.pop("close_resets_only", True)
+        keywords |= {"close_resets_only": False, "sync_session_class": self._watch.session_class(base)}
 
-    def _read_only(self, make: Callable[[], S_co]) -> S_co:
-        session = make()
-        refuse_flush(self.name, session.sync_session)
-        return session
+        create = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
+        if route is None and resets_on_close:
+            return create
+
+        def make() -> S_co:
+            session = create()
+            if route is not None:
+                route.apply(session)
+            if not resets_on_close:
+                state = cast("StatefulSession", session.sync_session)._fastapi_async_sqlalchemy
+                state.resets_on_close = False
+            return session
+
+        return make
 
     def _label(self) -> str:
         kind = self._declared.__name__ if self._declared is not None else "the default database"
@@ -237,15 +244,19 @@ class UnitConfig(Generic[S_co]):
     """What their ends do, and the units of their child tasks, unless they are told otherwise."""
 
 
-def _engine(bind: AsyncEngine | AsyncConnection) -> AsyncEngine:
-    """Return an engine of ``binds``; a connection is the caller's, and has begun as it has."""
-    if isinstance(bind, AsyncConnection):
-        message = (
-            "session_args['binds'] holds a connection, whose transactions are its owner's: give an engine, "
-            "or leave read_only, isolation_level and deferrable out."
-        )
-        raise ConfigurationError(message)
-    return bind
+def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords: dict[str, Any]) -> None:
+    """Turn two-phase commit on where it is asked for, and refuse what does not go with it."""
+    if settings.twophase:
+        keywords["twophase"] = True
+        if keywords.get("binds"):
+            message = "session_args['binds'] and atomic() exclude each other: give each engine its own pair."
+            raise ConfigurationError(message)
+    if settings.read_only and keywords.get("twophase"):
+        require_read_only_twophase(engine)
+
+
+def _sync(bind: AsyncEngine | AsyncConnection) -> Engine | Connection:
+    return bind.sync_engine if isinstance(bind, AsyncEngine) else bind.sync_connection or bind.sync_engine
 
 
 def default_session_class() -> type[AsyncSession]:
@@ -255,6 +266,12 @@ def default_session_class() -> type[AsyncSession]:
     """
     if importlib.util.find_spec("sqlmodel") is None:
         return AsyncSession
-    from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # see above
-
+    try:
+        from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # see above
+    except ImportError as error:
+        message = (
+            f"SQLModel is installed and cannot be imported ({error}): repair or uninstall it, or choose the "
+            "session class by create_middleware_and_session_proxy(AsyncSession)."
+        )
+        raise ConfigurationError(message) from error
     return SQLModelSession

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
 
-from attrs import define
+from attrs import define, field
 
 from ..exceptions import MissingSessionError, SessionNotInitialisedError
 from .database import Database, S_co
@@ -43,9 +43,9 @@ class Place(Generic[S_co]):
 class NoUnit(Place[S_co]):
     """Stands in the variable where no unit is bound, and gives the reason."""
 
-    _database: Database[S_co] | None = None
-    _where: str = ""
-    _remedy: str = ""
+    _database: Database[S_co] | None = field(default=None, alias="database")
+    _where: str = field(default="", alias="where")
+    _remedy: str = field(default="", alias="remedy")
 
     @property
     def closed(self) -> bool:
@@ -81,6 +81,13 @@ def around(place: Place[Any] | None) -> Iterator[Place[Any]]:
         place = place._outer
 
 
+def bound_here() -> Iterator[Place[Any]]:
+    """Yield what the variables of all databases hold here, each with what is around it."""
+    for value in copy_context().values():
+        if isinstance(value, Place):
+            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # mypy finds a cast redundant
+
+
 def open_unit(current: ContextVar[Place[S_co]]) -> UnitOfWork[S_co] | None:
     """Return the open unit that is current here, if any."""
     found = current.get()
@@ -106,5 +113,5 @@ def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
         "open `async with db():` around the work, or call from within a request, where a middleware that "
         "uses it must be inside of the pair's own, and so be added before that"
     )
-    outside = NoUnit(database=database, where="here", remedy=remedy)
+    outside: Place[S_co] = NoUnit(database=database, where="here", remedy=remedy)
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)

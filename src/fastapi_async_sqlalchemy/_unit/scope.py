@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Generic, cast
 
-from attrs import define, field
+from attrs import Factory, define, field
 
 from .._session.hooks import JOINED
-from ..exceptions import PropagationError, SessionNotInitialisedError, UnitClosedError
+from .._session.outcome import BROKEN, OWN_UNIT
+from .._session.state import JoinedBlock, task_at_work
+from ..exceptions import (
+    PropagationError,
+    SessionNotInitialisedError,
+    UnexpectedRollbackError,
+    UnitClosedError,
+)
 from .database import Database, S_co, UnitConfig
 from .place import Place, leave, open_unit
 from .settling import Decision, abandon, finish, finish_idle
@@ -95,6 +102,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
     has_session_args: bool
     joined: UnitOfWork[S_co] | None = None
     savepoint: AsyncSessionTransaction | None = None
+    block: JoinedBlock = Factory(lambda: JoinedBlock(task_at_work()))
 
     def joins(self) -> UnitOfWork[S_co] | None:
         """Return the open unit that the block would join here, if any; raises ``PropagationError``."""
@@ -133,6 +141,8 @@ class PropagatingScope(OneUse, Generic[S_co]):
         self.joined = self.joins()
         if self.joined is None:
             return await self.new.__aenter__()
+        self.block.task = task_at_work()
+        self.joined._join(self.block)
         if self.propagation == "nested":
             self.savepoint = self.joined.savepoint()
             await self.savepoint.__aenter__()
@@ -143,7 +153,17 @@ class PropagatingScope(OneUse, Generic[S_co]):
     ) -> None:
         if self.joined is None:
             await self.new.__aexit__(kind, error, trace)
-        elif self.savepoint is not None:
-            await self.savepoint.__aexit__(kind, error, trace)
-        elif error is not None and not self.joined.closed:
-            self.joined._mark_rollback_only(JOINED, error)
+            return
+        self.joined._leave(self.block)
+        if self.block.broken and error is None:
+            error = UnexpectedRollbackError(self.new.database.name, BROKEN, OWN_UNIT)
+            await self._leave(error)
+            raise error
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
+        joined = cast("UnitOfWork[S_co]", self.joined)
+        if self.savepoint is not None:
+            await self.savepoint.__aexit__(type(error) if error else None, error, None)
+        elif error is not None and not joined.closed:
+            joined._mark_rollback_only(JOINED, error)

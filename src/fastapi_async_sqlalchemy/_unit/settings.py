@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from attrs import Factory, define
 from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
-from .._arguments.checks import ISOLATION_LEVELS, boolean, shown
-from .._dialects.begin import TransactionSettings
+from .._arguments.checks import ISOLATION_LEVELS, boolean
+from .._dialects.begin import TransactionSettings, engine_for
 from ..exceptions import ConfigurationError, ReadOnlyError
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session, UOWTransaction
+
+    from .._session.state import StatefulSession
+    from .._session.watch import Watch
 
 
 def transaction_settings(
@@ -26,10 +33,9 @@ def transaction_settings(
         message = "read_only=False was asked of a read-only pair: open the unit by the primary's proxy."
         raise ConfigurationError(message)
     if isolation_level is not None and isolation_level not in ISOLATION_LEVELS:
-        message = (
-            f"isolation_level must be one of {', '.join(ISOLATION_LEVELS)}, not {shown(isolation_level)}."
-        )
-        raise ConfigurationError(message)
+        wanted = f"one of {', '.join(ISOLATION_LEVELS)}"
+        msg = "isolation_level"
+        raise ConfigurationError(msg, wanted, isolation_level)
     level: Any = isolation_level
     return TransactionSettings(
         read_only=None if read_only is None else boolean("read_only", read_only),
@@ -47,3 +53,40 @@ def refuse_flush(name: str, session: Session) -> None:
             raise ReadOnlyError(name, count)
 
     event.listen(session, "before_flush", before_flush)
+
+
+@define(eq=False, repr=False)
+class SettingsRoute:
+    """From the engine that a session chose to one over the same pool that begins with the settings."""
+
+    settings: TransactionSettings
+    watch: Watch
+    own: Engine
+    """The engine of the pair."""
+    _engines: dict[Engine, Engine] = Factory(dict["Engine", "Engine"])
+
+    def __call__(self, bind: Engine | Connection) -> Engine:
+        """Return the engine; raises ``ConfigurationError`` where the settings cannot apply."""
+        if not isinstance(bind, Engine):
+            message = (
+                "A session was given a connection, whose transactions are its owner's: give an engine, "
+                "or leave read_only, isolation_level and deferrable out."
+            )
+            raise ConfigurationError(message)
+        if self.settings.twophase and bind is not self.own:
+            message = (
+                "A session of atomic() may use the engine of its pair alone: give each engine its own pair."
+            )
+            raise ConfigurationError(message)
+        if bind not in self._engines:
+            self.watch.listen(bind)
+            self._engines[bind] = derived = engine_for(bind, self.settings, self.watch.xid)
+            self.watch.loops.engines.add(derived)
+        return self._engines[bind]
+
+    def apply(self, session: AsyncSession) -> None:
+        """Have a session begin its transactions with the settings."""
+        watched = cast("StatefulSession", session.sync_session)
+        watched._fastapi_async_sqlalchemy.route = self
+        if self.settings.read_only:
+            refuse_flush(self.watch.name, watched)

@@ -8,12 +8,14 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 
+from .._session import restoring
 from .._session.cancellation import clear_frames, to_completion
-from .._session.ending import discard_in_use, end, interrupt, release
+from .._session.ending import discard_in_use, end, release
 from .._session.state import has_written, held_by_owner, pending
 from ..exceptions import UnexpectedRollbackError
-from .unit import Phase
+from .unit import CLOSED
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
+_PATIENCE: Final = 30.0
+"""Seconds, where a pool has no deadline of its own; SQLAlchemy's default."""
 _ROLLBACK_FAILED: Final = "ROLLBACK on %s failed; its connection is discarded."
 
 
@@ -44,42 +48,93 @@ class Decision(Enum):
         return cls.COMMIT if commit_on_exit else cls.KEEP
 
 
-class _Outcome(Enum):
+class Outcome(Enum):
+    """What has become of a transaction."""
+
     HELD = auto()
-    """User code holds the transaction, or what was written is kept for it."""
+    """User code holds it, or what was written is kept for its owner."""
     KEPT = auto()
     """Nothing is open, and nothing was lost."""
     UNDONE = auto()
     """It was rolled back, or is to be by the unit's end."""
 
 
-async def settle(unit: UnitOfWork[Any], decision: Decision) -> bool:
-    """Decide the current transaction while the unit goes on; returns whether its owner still holds it."""
+class _Action(Enum):
+    HOLD = auto()
+    COMMIT = auto()
+    ROLL_BACK = auto()
+    RELEASE = auto()
+    """Give the connection of what only read back."""
+    LEAVE = auto()
+    """Leave a rollback to the end of the unit."""
+    NOTHING = auto()
+
+
+HOLD, COMMIT, ROLL_BACK, RELEASE, LEAVE, NOTHING = _Action
+"""Looked up once: an enumeration's members are slow to come to."""
+
+
+async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = False) -> Outcome:
+    """Carry a decision about the current transaction out; the last one leaves a rollback to ``finish()``."""
     opened, session = unit.opened, unit._watched
     if opened is None or session is None:
-        return False
-    return await _decide(unit, opened, session, decision, last=False) is _Outcome.HELD
+        return Outcome.KEPT
+    state = session._fastapi_async_sqlalchemy
+    if state.holder is not None or state.streams or state.joined or unit._hooks is not None:
+        decision = await _prepare(unit, opened, session, decision, last=last)
+    action = _choose(unit, session, decision, last=last)
+    if action is HOLD:
+        return Outcome.HELD
+    if action is COMMIT:
+        return Outcome.KEPT if await _commit(unit, opened) else Outcome.UNDONE
+    if action is ROLL_BACK:
+        await roll_back(unit)
+    elif action is RELEASE:
+        try:
+            await opened.run_sync(release)
+        except Exception:  # whatever it is, nothing was written
+            logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
+    if action is ROLL_BACK or action is LEAVE:  # a set would be made
+        return Outcome.UNDONE
+    if unit._hooks is not None and not last and decision is not Decision.KEEP:
+        await unit._hooks.settled(committed=decision is Decision.COMMIT)
+    return Outcome.KEPT
+
+
+def _choose(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision, *, last: bool) -> _Action:
+    """Choose what a decision means for the transaction as it is."""
+    if last and (decision is Decision.ROLLBACK or _is_discarded(unit, session, decision)):
+        return LEAVE
+    if not session.in_transaction() or (last and decision is Decision.KEEP and _is_busy(session)):
+        return NOTHING
+    if not last and held_by_owner(session):
+        return HOLD
+    if decision is Decision.COMMIT:
+        return COMMIT
+    if not last and has_written(session):
+        return HOLD if decision is Decision.KEEP else ROLL_BACK
+    return RELEASE
 
 
 async def finish(unit: UnitOfWork[Any], decision: Decision) -> None:
     """Settle what is left and close the unit for good."""
     if finish_idle(unit):
         return
-    opened, session = cast("AsyncSession", unit.opened), cast("StatefulSession", unit._watched)
+    session = cast("StatefulSession", unit._watched)
     state = session._fastapi_async_sqlalchemy
     try:
-        outcome = await _decide(unit, opened, session, decision, last=True)
-        while outcome is _Outcome.KEPT and unit._hooks is not None:
+        outcome = await settle(unit, decision, last=True)
+        while outcome is Outcome.KEPT and unit._hooks is not None:
             if state.busy() or not session.in_transaction():
                 await unit._hooks.settled(committed=True)
             if state.busy() or not session.in_transaction():
                 break
-            outcome = await _decide(unit, opened, session, decision, last=True)  # a hook has begun it
+            outcome = await settle(unit, decision, last=True)  # a hook has begun it
     except BaseException:
         await to_completion(_close(unit, committed=False))
         raise
     if not finish_idle(unit):
-        await _close(unit, committed=outcome is _Outcome.KEPT)
+        await _close(unit, committed=outcome is Outcome.KEPT)
 
 
 def finish_idle(unit: UnitOfWork[Any]) -> bool:
@@ -91,14 +146,14 @@ def finish_idle(unit: UnitOfWork[Any]) -> bool:
             return False
         end(session)
         unit.opened = unit._watched = None
-    unit._phase = Phase.CLOSED
+    unit._phase = CLOSED
     return True
 
 
 async def abandon(unit: UnitOfWork[Any]) -> None:
     """Roll back and close the unit for good, to the end even if the task is cancelled meanwhile."""
     if unit.opened is None:
-        unit._phase = Phase.CLOSED
+        unit._phase = CLOSED
     else:
         clear_frames(sys.exception())
         await to_completion(finish(unit, Decision.ROLLBACK))
@@ -108,65 +163,40 @@ async def roll_back(unit: UnitOfWork[Any]) -> None:
     """Roll back while the unit goes on; where that fails, the connection is discarded, to the same effect."""
     if unit.opened is not None:
         try:
-            await unit.opened.rollback()
+            await unit.opened.run_sync(restoring.roll_back)
         except Exception:  # whatever it is, the transaction is not committed
             logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
         if unit._hooks is not None:  # where no transaction was open
             await unit._hooks.settled(committed=False)
 
 
-async def _decide(
+async def _prepare(
     unit: UnitOfWork[Any],
     opened: AsyncSession,
     session: StatefulSession,
     decision: Decision,
     *,
     last: bool,
-) -> _Outcome:
-    """Carry a decision out; the last one leaves a rollback to the close of the session."""
+) -> Decision:
+    """Wait for what a COMMIT, or the unit's end, must not cut in two; returns what to decide by then."""
     state, hooks = session._fastapi_async_sqlalchemy, unit._hooks
     if last and state.streams and not state.busy():
         await opened.run_sync(_close_streams)
-    if decision is Decision.COMMIT and (last or hooks is not None or has_written(session)):
+    if decision is not Decision.COMMIT:
+        return decision
+    if state.joined:
+        await state.joined_ended(_patience(unit))
+    if state.holder is not None and (last or hooks is not None or has_written(session)):
         await state.idle()
-    if hooks is not None and decision is Decision.COMMIT:
-        decision = await _before_commit(hooks, session)
-    if not last and session.in_transaction() and held_by_owner(session):
-        return _Outcome.HELD
-    if decision is Decision.COMMIT and session.in_transaction():
-        return _Outcome.KEPT if await _commit(unit, opened) else _Outcome.UNDONE
-    if last:
-        return await _decide_last(unit, opened, session, decision)
-    return await _decide_midway(unit, opened, session, decision)
+    return decision if hooks is None else await _before_commit(hooks, session)
 
 
-async def _decide_midway(
-    unit: UnitOfWork[Any], opened: AsyncSession, session: StatefulSession, decision: Decision
-) -> _Outcome:
-    """Decide what no COMMIT ends while the unit goes on."""
-    if session.in_transaction():
-        if has_written(session):
-            if decision is Decision.KEEP:
-                return _Outcome.HELD
-            await roll_back(unit)
-            return _Outcome.UNDONE
-        await _release(unit, opened)
-    if unit._hooks is not None and decision is not Decision.KEEP:
-        await unit._hooks.settled(committed=decision is Decision.COMMIT)
-    return _Outcome.KEPT
-
-
-async def _decide_last(
-    unit: UnitOfWork[Any], opened: AsyncSession, session: StatefulSession, decision: Decision
-) -> _Outcome:
-    """Decide what no COMMIT ends; a rollback is left to the close of the session."""
-    if decision is Decision.KEEP:
-        marked = unit._hooks is not None and unit._hooks.mark is not None
-        if _warn_of_discarded(unit, session) or marked:
-            return _Outcome.UNDONE
-        if session.in_transaction() and not session._fastapi_async_sqlalchemy.busy():
-            await _release(unit, opened)
-    return _Outcome.UNDONE if decision is Decision.ROLLBACK else _Outcome.KEPT
+def _patience(unit: UnitOfWork[Any]) -> float | None:
+    """Return how many seconds COMMIT waits for a block of another task: as long as for a connection."""
+    limits, pool = unit._config.limits, unit._database.engine.sync_engine.pool
+    if limits is not None and limits.timeout is not None:
+        return limits.timeout
+    return pool.timeout() if isinstance(pool, QueuePool) else _PATIENCE
 
 
 async def _before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
@@ -191,18 +221,10 @@ async def _commit(unit: UnitOfWork[Any], opened: AsyncSession) -> bool:
     return True
 
 
-async def _release(unit: UnitOfWork[Any], opened: AsyncSession) -> None:
-    """Give the connection of what only read back, by a rollback that may fail as any."""
-    try:
-        await opened.run_sync(_release_session)
-    except Exception:  # whatever it is, nothing was written
-        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
-
-
 async def _close(unit: UnitOfWork[Any], *, committed: bool) -> None:
     """Close the unit and its session, roll back what is open, and run the hooks that are left."""
     opened, session = unit.opened, unit._watched
-    unit.opened, unit._watched, unit._phase = None, None, Phase.CLOSED
+    unit.opened, unit._watched, unit._phase = None, None, CLOSED
     if opened is None or session is None:
         return
     if session._fastapi_async_sqlalchemy.busy():
@@ -217,10 +239,7 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
     state = session._fastapi_async_sqlalchemy
     try:
         if session.in_transaction():
-            if state.exposed:
-                await interrupt(opened)
-            session.expunge_all()  # a rollback expires what it finds; what was loaded stays readable
-            await opened.rollback()
+            await opened.run_sync(restoring.roll_back)
     except Exception:  # whatever it is, the transaction is not committed
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
     finally:
@@ -230,8 +249,18 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
         end(session)
 
 
+def _is_busy(session: StatefulSession) -> bool:
+    return session._fastapi_async_sqlalchemy.busy()
+
+
+def _is_discarded(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision) -> bool:
+    """Whether the unit's end rolls back what nobody asked to commit; logs what that discards."""
+    if decision is not Decision.KEEP:
+        return False
+    return _warn_of_discarded(unit, session) or (unit._hooks is not None and unit._hooks.mark is not None)
+
+
 def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
-    """Log what the coming rollback discards; returns whether there is anything."""
     statements, objects = session._fastapi_async_sqlalchemy.ledger.written, pending(session)
     given_up = unit._hooks is not None and unit._hooks.rollback_only
     if not (statements or objects) or given_up or unit._config.settings.read_only:
@@ -244,10 +273,6 @@ def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
         objects,
     )
     return True
-
-
-def _release_session(session: Session) -> None:
-    release(cast("StatefulSession", session))
 
 
 def _close_streams(session: Session) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from attrs import define, field
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from .._arguments.checks import shown
 from .._session.checkout import Checkout
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
-from ..exceptions import TransactionBegunError, UnitClosedError
+from ..exceptions import TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
 from .place import Place, around
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
     from .._session.hooks import BeginHook, Hook
-    from .._session.state import StatefulSession
+    from .._session.state import JoinedBlock, StatefulSession
     from .database import Database, UnitConfig
 
 
@@ -38,6 +37,12 @@ class Phase(Enum):
     CLOSED = auto()
 
 
+FRESH: Final = Phase.FRESH
+OPEN: Final = Phase.OPEN
+CLOSED: Final = Phase.CLOSED
+"""Looked up once: an enumeration's members are slow to come to."""
+
+
 @define(eq=False, repr=False, weakref_slot=False)
 class UnitOfWork(Place[S_co]):
     """Owns at most one session and settles its transactions.
@@ -47,20 +52,22 @@ class UnitOfWork(Place[S_co]):
     ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
     """
 
-    _config: UnitConfig[S_co] = field(kw_only=True)
-    _scope: Scope | None = field(default=None, kw_only=True)
+    _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
+    _scope: Scope | None = field(default=None, kw_only=True, alias="scope")
     """The ASGI scope of the request that it belongs to."""
-    _watched: StatefulSession | None = field(default=None, init=False)
+    _watched: StatefulSession | None = None
     """The synchronous side of the opened session, which carries its state."""
-    _phase: Phase = field(default=Phase.FRESH, init=False)
-    _hooks: Hooks | None = field(default=None, init=False)
+    _phase: Phase = FRESH
+    _hooks: Hooks | None = None
     """Made with the session, so that whoever has hooks has a session."""
-    _info: dict[str, Any] | None = field(default=None, init=False)
+    _joined: list[JoinedBlock] | None = None
+    """The blocks that have joined it and are open."""
+    _info: dict[str, Any] | None = None
 
     @property
     def closed(self) -> bool:
         """Whether the unit has ended."""
-        return self._phase is Phase.CLOSED
+        return self._phase is CLOSED
 
     @property
     def session(self) -> S_co:
@@ -142,7 +149,7 @@ class UnitOfWork(Place[S_co]):
         """
         _require_function(hook)
         if inspect.iscoroutinefunction(hook):
-            message = f"an on_begin hook must be a plain function of a Connection, not {shown(hook)}."
+            message = f"an on_begin hook must be a plain function of a Connection, not {_safe_repr(hook)}."
             raise TypeError(message)
         if _begun(self.session.sync_session):
             remedy = (
@@ -168,6 +175,20 @@ class UnitOfWork(Place[S_co]):
     def _here(self) -> Self:
         return self
 
+    def _join(self, block: JoinedBlock) -> None:
+        """Take note of a block that joins the unit."""
+        if self._joined is None:
+            self._joined = []
+            if self._watched is not None:
+                self._watched._fastapi_async_sqlalchemy.joined = self._joined
+        self._joined.append(block)
+
+    def _leave(self, block: JoinedBlock) -> None:
+        """Take note that a block which joined the unit has been left."""
+        if self._joined is not None:
+            self._joined.remove(block)
+        block.ended.set()
+
     def _belongs_to(self, scope: Scope) -> bool:
         """Whether this is the unit of a request, also where a middleware has copied the scope since."""
         own = self._scope
@@ -178,16 +199,18 @@ class UnitOfWork(Place[S_co]):
 
     def _open(self) -> S_co:
         """Make the session."""
-        if self._phase is Phase.CLOSED:
+        if self._phase is CLOSED:
             raise UnitClosedError(self._database.name)
         config = self._config
         make = config.make or config.database.new_session
         self.opened = opened = make()
-        self._phase = Phase.OPEN
+        self._phase = OPEN
         self._watched = cast("StatefulSession", opened.sync_session)
         state = self._watched._fastapi_async_sqlalchemy
+        if self._joined is not None:
+            state.joined = self._joined
         if config.limits is not None:
-            state.checkout = Checkout(config.database.name, config.limits)
+            state.limit(Checkout(config.database.name, config.limits))
         if isinstance(self._outer, UnitOfWork):
             state.outer_holds = self._outer_holds
         return opened
@@ -254,7 +277,7 @@ class Savepoint(AsyncSessionTransaction):
 
 def _require_function(hook: object) -> None:
     if not callable(hook):
-        message = f"a hook must be a function, not {shown(hook)}."
+        message = f"a hook must be a function, not {_safe_repr(hook)}."
         raise TypeError(message)
 
 
@@ -263,5 +286,5 @@ def _begun(session: Session) -> bool:
     transaction = session.get_transaction()
     if transaction is None:
         return False
-    begun = transaction._connections  # pyright: ignore[reportPrivateUsage]  # `connections` is new in 2.1.7
+    begun = transaction._connections  # `connections` is new in 2.1.7
     return bool(begun) or session.in_nested_transaction()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from contextlib import suppress
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from .._arguments.checks import optional_count, optional_seconds
-from .._unit.place import Place, around
+from .._unit.place import bound_here
 from .._unit.unit import UnitOfWork
 from ..exceptions import ConfigurationError
 from .stepping import Stepped
@@ -127,9 +127,9 @@ class Admitted:
 
     def let_through(self, error: Exception) -> bool:
         """Whether an error is the refusal; a BaseHTTPMiddleware puts it in a group."""
-        if isinstance(error, ExceptionGroup):
-            group: ExceptionGroup[Exception] = error
-            return all(self.let_through(one) for one in group.exceptions)
+        inside: tuple[Exception, ...] | None = getattr(error, "exceptions", None)
+        if inside is not None:
+            return all(self.let_through(one) for one in inside)
         return error is self.refused
 
     async def _return(self) -> None:
@@ -205,11 +205,8 @@ class Admission:
 
 def _holds_connection() -> bool:
     """Whether a unit of work that can be seen here may hold a connection."""
-    for bound in copy_context().values():
-        for place in around(bound) if isinstance(bound, Place) else ():
-            if not place.closed and (not isinstance(place, UnitOfWork) or _in_transaction(place)):
-                return True
-    return False
+    open_places = (place for place in bound_here() if not place.closed)
+    return any(not isinstance(place, UnitOfWork) or _in_transaction(place) for place in open_places)
 
 
 def _in_transaction(unit: UnitOfWork[Any]) -> bool:

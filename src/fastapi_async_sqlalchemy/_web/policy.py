@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from attrs import frozen
 
-from .._arguments.checks import boolean, shown
+from .._arguments.checks import boolean
 from .._unit.settling import Decision
 from ..exceptions import ConfigurationError
 
@@ -53,8 +53,7 @@ def commit_policy(commit_on_exit: object, commit_when: CommitWhen | None) -> Com
     """Return a policy, checked: a rule that is a coroutine function would always be true."""
     rule: object = commit_when
     if rule is not None and (not callable(rule) or inspect.iscoroutinefunction(rule)):
-        message = (
-            f"commit_when must be a plain function of a status and an exception, not {shown(commit_when)}."
-        )
-        raise ConfigurationError(message)
+        wanted = "a plain function of a status and an exception"
+        msg = "commit_when"
+        raise ConfigurationError(msg, wanted, commit_when)
     return CommitPolicy(commit_on_exit=boolean("commit_on_exit", commit_on_exit), commit_when=commit_when)

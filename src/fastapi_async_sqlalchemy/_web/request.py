@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from attrs import define, field
 
 from .._session.ending import resume
-from .._unit.place import Place, around
-from .._unit.settling import Decision, abandon, finish, finish_idle, roll_back, settle
+from .._unit.place import bound_here
+from .._unit.settling import Decision, Outcome, finish, roll_back, settle
 from .._unit.unit import UnitOfWork
 from ..exceptions import PartialCommitError
 from .failure import NOT_KEPT, answer, drop, may_be_asked
@@ -20,7 +19,7 @@ from .failure import NOT_KEPT, answer, drop, may_be_asked
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from .._session.state import StatefulSession
     from .._unit.database import Database
@@ -39,60 +38,28 @@ _LAST_OF_A_RESPONSE: Final = frozenset(
 class RequestUnit(UnitOfWork[Any]):
     """A request's unit, and its response on its way to the client: one object, as every request makes it."""
 
-    _policy: CommitPolicy = field(kw_only=True)
-    _listen: Receive = field(kw_only=True)
-    _forward: Send = field(kw_only=True)
-    _bodies: KeptBodies | None = field(kw_only=True)
+    _policy: CommitPolicy = field(kw_only=True, alias="policy")
+    _listen: Receive = field(kw_only=True, alias="listen")
+    _forward: Send = field(kw_only=True, alias="forward")
+    _bodies: KeptBodies | None = field(kw_only=True, alias="bodies")
     """None where no COMMIT of a response can fail."""
     _outer_exception: BaseException | None = field(init=False)
     _app: object = field(init=False)
     """The application, whose exception handlers may answer for a failed commit."""
-    _failure: Exception | None = field(default=None, init=False)
+    _failure: Exception | None = None
     """Why the response was abandoned: its commit failed."""
-    _standing: Decision | None = field(default=None, init=False)
+    _standing: Decision | None = None
     """The decision of the response's start, where it holds for the rest as well."""
-    _sent: Literal["nothing", "start", "end", "all", "cut"] = field(default="nothing", init=False)
+    _sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
     """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
-    _received: tuple[Message, ...] = field(default=(), init=False)
+    _received: tuple[Message, ...] = ()
     """The request's body, as far as the application has asked for it before its response started."""
-    _ahead: int = field(default=0, init=False)
+    _ahead: int = 0
     """How many messages are on their way that later ones must not overtake, since the start came."""
-    _order: asyncio.Lock | None = field(default=None, init=False)
+    _order: asyncio.Lock | None = None
     """The queue of those that wait, made by the first one, and held by the start until that has gone out."""
-    _committed: list[Database[Any]] | None = field(default=None, init=False)
+    _committed: list[Database[Any]] | None = None
     """The databases that middlewares inside have committed."""
-
-    async def _serve(self, app: ASGIApp, scope: Scope) -> None:
-        """Run the application inside, and close the unit whatever becomes of it."""
-        self._outer_exception = sys.exception()
-        self._app = scope.get("app")  # before a mounted application puts itself there
-        try:
-            try:
-                await app(scope, self._receive, self._send)
-                if self._failure is not None:
-                    raise self._failure  # noqa: TRY301  # the application has swallowed it
-            except Exception:  # middlewares outside see that the answer handles it
-                if self._failure is None:
-                    raise
-                await answer(
-                    self._failure,
-                    self._app,
-                    scope,
-                    replay=self._replay,
-                    receive=self._listen,
-                    send=self._forward,
-                )
-            session = self._watched
-            if finish_idle(self):
-                self._note_commit(session)  # the application may have committed explicitly
-            else:
-                await self._finish_tail()
-        except BaseException:
-            await abandon(self)
-            raise
-        finally:
-            if self._received:
-                self._forget_body(())
 
     def _send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, unless it would overtake another one."""
@@ -155,7 +122,7 @@ class RequestUnit(UnitOfWork[Any]):
             session._fastapi_async_sqlalchemy.settling = True
         try:
             decision = self._policy.response(status, exception)
-            held = await settle(self, decision)
+            held = await settle(self, decision) is Outcome.HELD
         except Exception as error:  # noqa: BLE001  # raised again below, as it is or as a cause
             self._failure = failure = self._reported(error)
             self._sent = "cut"
@@ -215,6 +182,11 @@ class RequestUnit(UnitOfWork[Any]):
         self._received = tuple(rest)
         return message
 
+    async def _answer(self) -> None:
+        """Answer for the failed commit."""
+        scope, failure = cast("Scope", self._scope), cast("Exception", self._failure)
+        await answer(failure, self._app, scope, replay=self._replay, receive=self._listen, send=self._forward)
+
     async def _finish_tail(self) -> None:
         """Settle what the tail began, or what its owner still holds, and close the unit."""
         decision = Decision.ROLLBACK
@@ -244,10 +216,9 @@ class RequestUnit(UnitOfWork[Any]):
         Each is bound to a variable of its own in this very context; the scope may be a copy on either side.
         """
         scope = cast("Scope", self._scope)
-        for bound in copy_context().values():
-            for place in around(bound) if isinstance(bound, Place) else ():
-                if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
-                    yield place
+        for place in bound_here():
+            if isinstance(place, RequestUnit) and place is not self and place._belongs_to(scope):
+                yield place
 
     def _reported(self, error: Exception) -> Exception:
         """Return the error of a commit, or the one that names the databases which committed before it."""

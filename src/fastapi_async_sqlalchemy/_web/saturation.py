@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from attrs import define
 from sqlalchemy import event
 
-from .._arguments.checks import positive, shown
+from .._arguments.checks import positive
 from .._session.checkout import pool_status
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, _safe_repr
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -81,6 +81,6 @@ def saturation_warning(threshold: object, interval: object) -> SaturationWarning
         return None
     part = positive("pool_warn_threshold", threshold)
     if part > 1:
-        message = f"pool_warn_threshold must be a part of the pool, at most 1, not {shown(threshold)}."
+        message = f"pool_warn_threshold must be a part of the pool, at most 1, not {_safe_repr(threshold)}."
         raise ConfigurationError(message)
     return SaturationWarning(part, seconds)

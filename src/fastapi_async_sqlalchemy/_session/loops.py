@@ -1,0 +1,75 @@
+"""One event loop at a time, and one process: a pair's engines serve the loop that uses them now."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Final
+from weakref import WeakSet, ref
+
+from attrs import Factory, define
+
+from .._dialects.loops import forget_connections, is_loop_bound, serve_any_loop
+from ..exceptions import ConcurrentUseError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.pool import Pool
+
+_REFUSED: Final = "another running event loop uses the engine"
+_OWN_LOOP: Final = (
+    "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
+    "give the other loop an engine of its own"
+)
+
+
+@define(eq=False)
+class Loops:
+    """The event loop that uses a pair's engines; another one takes over when that has ended."""
+
+    current: asyncio.AbstractEventLoop | None = None
+    engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    _inherited: list[Pool] = Factory(list["Pool"])
+    """Pools of a parent process: kept, since some drivers would close their connections when collected."""
+
+    def follow(self, engine: Engine) -> None:
+        """Watch an engine: which loops its connections belong to, and whether its process forks."""
+        if not self.engines and hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
+        self.engines.add(engine)
+        serve_any_loop(engine)
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the loop in which an engine is bound use it."""
+        if self.current is not None and self.current.is_closed():
+            for engine in self.engines:
+                if is_loop_bound(engine):
+                    forget_connections(engine)
+        self.current = loop
+
+    def take_over(self, loop: asyncio.AbstractEventLoop, database: str, attempt: str) -> None:
+        """Let a loop use the engines, or refuse it while one runs that their connections belong to."""
+        if self.current is None or not self.current.is_running():
+            self.bind(loop)
+        elif any(is_loop_bound(engine) for engine in self.engines):
+            raise ConcurrentUseError(database, attempt, _REFUSED, _OWN_LOOP)
+
+    def forget_in_child(self) -> None:
+        """Leave a parent process its connections."""
+        self.current = None
+        self._inherited += [forget_connections(engine) for engine in self.engines]
+
+
+def _forget_in_child(loops: ref[Loops]) -> None:
+    found = loops()
+    if found is not None:
+        found.forget_in_child()
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the running event loop, if there is one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
