@@ -149,7 +149,7 @@ class Upload:
     """A POST whose client sends each part of its body when it is told to."""
 
     path: str = "/upload"
-    parts: "asyncio.Queue[Message]" = Factory(lambda: asyncio.Queue[Message]())
+    parts: "asyncio.Queue[Message]" = Factory(asyncio.Queue[Message])
     waiting: asyncio.Event = Factory(asyncio.Event)
     """Somebody waits for a part."""
     sent: list[Message] = Factory(list[Message])

@@ -17,6 +17,7 @@ from tests.support.site import MakeSite, Site
 from tests.support.tables import ORPHAN, Note, Reply
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+Work = Coroutine[Any, Any, None]
 DEADLINE = 30
 """Seconds after which something hangs."""
 
@@ -36,7 +37,7 @@ class Stream:
     """An application whose start is settled while `meanwhile` sends parts of the body by tasks of its own."""
 
     site: Site
-    meanwhile: Callable[["Stream", Send], Coroutine[Any, Any, None]]
+    meanwhile: Callable[["Stream", Send], Work]
     use: Callable[[], Any] = lambda: None
     settling: asyncio.Event = Factory(asyncio.Event)
     settle: asyncio.Event = Factory(asyncio.Event)
@@ -88,7 +89,7 @@ async def call(app: ASGIApp, sent: list[str]) -> None:
 
 
 async def site_with(
-    make_site: MakeSite, url: str, meanwhile: Callable[[Stream, Send], Coroutine[Any, Any, None]], **options: Any
+    make_site: MakeSite, url: str, meanwhile: Callable[[Stream, Send], Work], **options: Any
 ) -> tuple[Site, Stream]:
     """Make a site that is nothing but the stream."""
     site = await make_site(url, commit_on_exit=True, **options)
