@@ -182,7 +182,8 @@ def connecting(
             yield
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(middleware, **options)
+    added: Any = middleware
+    app.add_middleware(added, **options)
 
     @app.get("/")
     async def route() -> int | None:
