@@ -66,13 +66,13 @@ def _before_commit(session: StatefulSession) -> None:
 
 def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
     """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
-    reason = "the database has rolled it back after a conflict"
+    failure, reason = ledger.failure, "the database has rolled it back after a conflict"
     if not ledger.lost:
         if _answers(ledger):
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
-    raise UnexpectedRollbackError(database, reason) from ledger.failure
+    raise UnexpectedRollbackError(database, reason) from failure  # not from that of the question
 
 
 def _answers(ledger: Ledger) -> bool:
