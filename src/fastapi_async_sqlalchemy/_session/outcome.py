@@ -101,7 +101,7 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
-    raise UnexpectedRollbackError(database, reason) from failure
+    raise UnexpectedRollbackError(database, reason) from failure  # not from that of the question
 
 
 def _answers(ledger: Ledger) -> bool:
