@@ -101,7 +101,8 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
-    raise UnexpectedRollbackError(database, reason) from failure  # not from that of the question
+        ledger.failure = failure  # not that of the question
+    raise UnexpectedRollbackError(database, reason) from failure
 
 
 def _answers(ledger: Ledger) -> bool:

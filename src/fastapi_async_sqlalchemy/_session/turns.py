@@ -250,7 +250,8 @@ def _translate(state: SessionState, error: BaseException) -> None:
     name = state.shared.name
     if state.closed:
         raise UnitClosedError(name) from error
-    if isinstance(error, PendingRollbackError) and state.operation == "commit" and state.ledger.failure:
+    flush_failed = type(error) is PendingRollbackError and state.operation == "commit"
+    if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
         pools = [engine.pool for engine in state.shared.loops.engines]
