@@ -248,7 +248,7 @@ def _translate(state: SessionState, error: BaseException) -> None:
     name = state.shared.name
     if state.closed:
         raise UnitClosedError(name) from error
-    if isinstance(error, PendingRollbackError) and state.operation == "commit" and state.ledger.failure:
+    if type(error) is PendingRollbackError and state.operation == "commit" and state.ledger.failure:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
         pools = [engine.pool for engine in state.shared.loops.engines]
