@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
 import sysconfig
@@ -22,7 +23,6 @@ from .keywords import EngineArgs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import FrameType
 
 _DRIVERS = "use an asyncio driver, for example postgresql+asyncpg, sqlite+aiosqlite or mysql+aiomysql"
 
@@ -68,7 +68,7 @@ def _debugging() -> bool:
 
 def _user_line() -> str | None:
     """Return the nearest line that is the user's, or else the test that runs."""
-    frame: FrameType | None = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_OTHERS):
         frame = frame.f_back
     if frame is None:  # a TestClient calls the application in a thread of its own
