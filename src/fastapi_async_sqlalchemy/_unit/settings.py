@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def transaction_settings(
     read_only: object, isolation_level: object, deferrable: object, default: TransactionSettings
 ) -> TransactionSettings:
-    """Return settings, checked; the pair's own where nothing is asked."""
+    """Validate settings; return the pair's own if none is given."""
     if read_only is None and isolation_level is None and deferrable is None:
         return default
     if default.read_only and read_only is None:
@@ -45,7 +45,7 @@ def transaction_settings(
 
 
 def refuse_flush(name: str, session: Session) -> None:
-    """Let a session of a read-only unit flush nothing."""
+    """Refuse to flush changed objects in a session of a read-only unit."""
 
     def before_flush(session: Session, _context: UOWTransaction, _objects: object) -> None:
         changed = [one for one in session.dirty if session.is_modified(one)]
@@ -57,7 +57,7 @@ def refuse_flush(name: str, session: Session) -> None:
 
 @define(eq=False, repr=False)
 class SettingsRoute:
-    """From the engine that a session chose to one over the same pool that begins with the settings."""
+    """A route from a session's chosen engine to one over the same pool that applies the settings."""
 
     settings: TransactionSettings
     watch: Watch
@@ -66,7 +66,7 @@ class SettingsRoute:
     _engines: dict[Engine, Engine] = Factory(dict["Engine", "Engine"])
 
     def __call__(self, bind: Engine | Connection) -> Engine:
-        """Return the engine; raises ``ConfigurationError`` where the settings cannot apply."""
+        """Return the engine; raise ``ConfigurationError`` if the settings cannot apply."""
         if not isinstance(bind, Engine):
             message = (
                 "A session was given a connection, whose transactions are its owner's: give an engine, "
@@ -85,7 +85,7 @@ class SettingsRoute:
         return self._engines[bind]
 
     def apply(self, session: AsyncSession) -> None:
-        """Have a session begin its transactions with the settings."""
+        """Make a session begin its transactions with the settings."""
         watched = cast("StatefulSession", session.sync_session)
         watched._fastapi_async_sqlalchemy.route = self
         if self.settings.read_only:
