@@ -105,7 +105,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
     block: JoinedBlock = Factory(lambda: JoinedBlock(task_at_work()))
 
     def joins(self) -> UnitOfWork[S_co] | None:
-        """Return the open unit that the block would join, if any; raise ``PropagationError`` on a conflict."""
+        """Return the open unit that the block would join, if any; raise ``PropagationError`` on conflict."""
         if self.propagation == "requires_new":
             return None
         name, found = self.new.database.name, open_unit(self.new.current)
