@@ -54,9 +54,9 @@ async def recover(
 ) -> list[Resolved]:
     """Commit or roll back the prepared transactions that ``atomic()`` has left on these databases.
 
-    ``engines`` must be all databases of those transactions. Any younger than ``older_than`` seconds,
-    by the clocks of their servers, may be under way and are left alone. ``dry_run`` only reports. Run it
-    again after an error, or several times at once: it never decides one transaction in two ways.
+    ``engines`` must be all databases of those transactions. A transaction younger than ``older_than`` seconds
+    by its server's clock is left alone, since it may be under way. ``dry_run`` only reports. Run it again
+    after an error, or several times at once: it never decides one transaction in two ways.
 
     Sets of databases are distinguished by host, port and database of their URLs. Transactions of other sets
     are left alone, with a WARNING that names them. If databases have moved, ``group`` is the name of the set
