@@ -100,7 +100,7 @@ class SessionProxy(Handle[S_co]):
         with a WARNING if something was written. An error that leaves the block always rolls back.
         ``session_args`` are added to the database's own.
 
-        ``propagation`` decides what happens inside an open unit. ``requires_new`` is independent of it,
+        ``propagation`` is about a unit that is already open. ``requires_new`` is independent of it,
         ``required`` joins it, ``nested`` is a SAVEPOINT of it, and ``never`` raises. Outside a unit,
         ``mandatory`` raises and all others open one. A joined unit is committed by its owner, but not after
         an error has left the block.

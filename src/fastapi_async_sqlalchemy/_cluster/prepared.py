@@ -68,7 +68,7 @@ def _decoded(name: bytes | str) -> str:
 
 
 async def finish_prepared(engine: AsyncEngine, branch: Branch, *, committed: bool) -> bool:
-    """Commit or roll back; return False if somebody else has already finished the transaction."""
+    """Commit or roll back; return False if another process has already finished the transaction."""
     verb = "COMMIT" if committed else "ROLLBACK"
     statement = (
         f"{verb} PREPARED '{branch}'" if engine.dialect.name == "postgresql" else f"XA {verb} '{branch}'"

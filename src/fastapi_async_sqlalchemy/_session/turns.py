@@ -165,7 +165,7 @@ def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
 def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> bool:
     """Allow an operation inside another of the same task, or after a settlement; refuse anything else.
 
-    Returns whether it is inside another one.
+    Return whether it is inside another one.
     """
     while state.settling and state.holder is not None and state.holder is not task:
         await_only(state.idle())

@@ -254,7 +254,7 @@ def _is_busy(session: StatefulSession) -> bool:
 
 
 def _is_discarded(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision) -> bool:
-    """Whether the unit's end rolls back work that nobody asked to commit; logs what is discarded."""
+    """Whether the unit's end rolls back work that nobody asked to commit; logs the discarded work."""
     if decision is not Decision.KEEP:
         return False
     return _warn_of_discarded(unit, session) or (unit._hooks is not None and unit._hooks.mark is not None)

@@ -66,7 +66,7 @@ class RequestUnit(UnitOfWork[Any]):
         return self._in_turn(message) if self._ahead else self._pass_on(message)
 
     async def _in_turn(self, message: Message) -> None:
-        """Pass a message on after those sent before it, by whichever task, have gone out."""
+        """Pass a message on once all earlier ones, of any task, have been forwarded."""
         self._ahead += 1
         try:
             if self._order is None:
