@@ -100,7 +100,7 @@ class SessionProxy(Handle[S_co]):
         with a WARNING if something was written. An error that leaves the block always rolls back.
         ``session_args`` are added to the database's own.
 
-        ``propagation`` is about a unit that is already open. ``requires_new`` is independent of it,
+        ``propagation`` says how the block relates to an open unit. ``requires_new`` is independent of it,
         ``required`` joins it, ``nested`` is a SAVEPOINT of it, and ``never`` raises. Outside a unit,
         ``mandatory`` raises and all others open one. A joined unit is committed by its owner, but not after
         an error has left the block.
@@ -184,7 +184,7 @@ class SessionProxy(Handle[S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> UnitTaskGroup[S_co]:
-        """Return an ``asyncio.TaskGroup`` whose tasks run in separate units; arguments as for ``gather()``.
+        """Return a group of tasks, built on ``asyncio.TaskGroup``, each in a separate unit; see ``gather()``.
 
         ``async with db.task_group() as tasks: tasks.create_task(work())``. Errors leave the block in an
         ``ExceptionGroup``, once all tasks have ended and their units are settled.

@@ -1,7 +1,7 @@
 """Finish transactions that a crash interrupted: ``python -m fastapi_async_sqlalchemy.recovery URL URL``.
 
 A transaction that ``atomic()`` has prepared holds its locks until it is committed or rolled back, even
-over restarts of the server. One of each group is the witness, which is prepared last and committed last.
+over restarts of the server. Of each block, one is the witness, which is prepared last and committed last.
 If the witness is found, all were prepared, and the rest is committed. If not, nothing was committed, and
 all are rolled back.
 """

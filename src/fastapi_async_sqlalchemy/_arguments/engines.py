@@ -37,7 +37,7 @@ _OTHERS: Final = (
 
 @frozen(eq=False)
 class Holder:
-    """The current user of an engine."""
+    """The code that has an engine in use."""
 
     name: str
     remedy: str

@@ -77,7 +77,7 @@ async def finish_prepared(engine: AsyncEngine, branch: Branch, *, committed: boo
         try:
             async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
                 await connection.exec_driver_sql(statement)
-        except DBAPIError:  # MariaDB's error is the same for one finished, in work, or held by a connection
+        except DBAPIError:  # MariaDB's error is the same if it is finished, in work, or held by a connection
             for pause in _PAUSES:
                 if branch not in await prepared(engine):
                     return False

@@ -96,7 +96,7 @@ class TaskUnits(Place[S_co]):
         if unit is None:
             return
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # asyncio does not report the exception after this call
+        if error is not None:  # task.exception() stops asyncio from reporting it
             logger.warning(
                 "%s failed in a unit of %s, which is rolled back", task, self._database.name, exc_info=error
             )

@@ -208,7 +208,7 @@ async def _all_done(tasks: list[asyncio.Task[Any]]) -> None:
 
 @define(eq=False, repr=False)
 class UnitTaskGroup(Generic[S_co]):
-    """The result of ``db.task_group()``: an ``asyncio.TaskGroup`` with a separate unit for each task."""
+    """The result of ``db.task_group()``: built on ``asyncio.TaskGroup``, with a unit for each task."""
 
     _children: Callable[[], Children[S_co]]
     _max_concurrent: int | None

@@ -61,7 +61,7 @@ class Database(Generic[S_co]):
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
-    """The current user of the engine."""
+    """The code that has the engine in use."""
     _watcher: PoolWatcher | None = None
     _session_args: dict[str, Any] = Factory(dict[str, Any])
     _make: Callable[[], S_co] | None = None
