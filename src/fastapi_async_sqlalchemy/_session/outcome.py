@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import ref
 
@@ -93,6 +94,28 @@ def require_commit(session: StatefulSession) -> None:
         _refuse_silent_rollback(state.ledger, state.shared.name)
 
 
+def check_again(session: StatefulSession) -> None:
+    """Ask again before COMMIT is sent: a flush or a listener that follows ``before_commit`` has failed."""
+    transaction = session.get_transaction()
+    if transaction is not None:
+        for connection, *_ in set(transaction._connections.values()):
+            check = partial(_check_again, ref(session), session._fastapi_async_sqlalchemy.ledger, connection)
+            for name in ("commit", "prepare_twophase"):  # this connection alone takes the slower path
+                event.listen(connection, name, check)
+
+
+def _check_again(found: ref[StatefulSession], ledger: Ledger, connection: Connection, *_: object) -> None:
+    session = found()
+    if session is None or session._fastapi_async_sqlalchemy.ledger is not ledger:
+        return  # a connection that a caller gave to the session outlives the transaction
+    try:
+        require_commit(session)
+    except BaseException:
+        connection.invalidate()  # SQLAlchemy sends no ROLLBACK after a COMMIT that has failed
+        raise
+    session._fastapi_async_sqlalchemy.committing = True
+
+
 def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
     """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
     failure, reason = ledger.failure, "the database has rolled it back after a conflict"
@@ -133,6 +156,8 @@ def end_committed(session: StatefulSession) -> None:
     """End a transaction that was committed although ``commit()`` raises: a user's listener failed."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
     if transaction is None:
+        if state.committed:  # a listener of its end has kept ours from being reached
+            _end_root(session, state)
         return
     if state.committing:  # our listener was not reached, and the database did not refuse
         ends = [end.is_active for _, end, *_ in transaction._connections.values()]

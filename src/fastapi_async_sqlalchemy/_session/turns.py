@@ -124,11 +124,16 @@ def flushing(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def flush(session: StatefulSession, objects: Any = None) -> None:
-        holder = session._fastapi_async_sqlalchemy.holder
+        state = session._fastapi_async_sqlalchemy
+        holder = state.holder
         if holder is None or holder is not task_at_work():
             guarded(session, objects)
-        else:
+            return
+        try:
             method(session, objects)
+        except BaseException:
+            state.committing = False  # commit() flushes before it sends COMMIT
+            raise
 
     return flush
 

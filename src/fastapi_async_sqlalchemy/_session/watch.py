@@ -12,6 +12,7 @@ from attrs import Factory, define
 from sqlalchemy import event
 
 from .._dialects.errors import begin_in_time, is_transaction_lost
+from .outcome import check_again
 from .state import Shared, note_statement, task_at_work
 from .watched import watched_class
 
@@ -74,6 +75,9 @@ class Watch(Shared):
         session = None if context.connection is None else self.session_of(context.connection)
         if session is not None:
             state = session._fastapi_async_sqlalchemy
+            after_the_check = state.committing and context.statement is not None
             state.note_error(context)
+            if after_the_check:
+                check_again(session)
             if is_transaction_lost(context):
                 state.writing().lost = True

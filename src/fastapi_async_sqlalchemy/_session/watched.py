@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Engine
 
-    from .state import Shared
+    from .state import SessionState, Shared
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -92,17 +92,15 @@ class WatchedSession(StatefulSession):
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Return the engine that the session's own class chooses, or one derived from it."""
-        bind: Engine | Connection = super().get_bind(*args, **kwargs)
-        route = self._fastapi_async_sqlalchemy.route
-        return bind if route is None else route(bind)
+        return _reached(self._fastapi_async_sqlalchemy, super().get_bind(*args, **kwargs))
 
     def connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
     ) -> Connection:
         """Return the connection, and record that it may be used without calling this session."""
         state = self._fastapi_async_sqlalchemy
-        if state.route is not None and bind_arguments and "bind" in bind_arguments:
-            bind_arguments = {"bind": self.get_bind(**bind_arguments)}  # else get_bind() is not called
+        if bind_arguments and (bind := bind_arguments.get("bind")) is not None:
+            bind_arguments = {"bind": _reached(state, bind)}  # get_bind() is not called for it
         connection = super().connection(bind_arguments, execution_options)
         state.shared.connections[connection] = ref(self)
         state.expose(connection)
@@ -115,6 +113,13 @@ class WatchedSession(StatefulSession):
         if not nested:  # a transaction begun around a savepoint has no explicit owner
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
+
+
+def _reached(state: SessionState, bind: Engine | Connection) -> Engine | Connection:
+    """Watch the engine that a session is about to use, and return one that applies settings and limits."""
+    if bind is not state.shared.engine:
+        state.shared.listen(bind.engine)
+    return bind if state.route is None else state.route(bind)
 
 
 class OwnedTransaction(SessionTransaction):

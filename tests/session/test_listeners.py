@@ -1,0 +1,304 @@
+"""Listeners of the user's that fail: after COMMIT nothing is undone, before it everything is."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from attrs import define
+from sqlalchemy import event, insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from fastapi_async_sqlalchemy import UnexpectedRollbackError
+from tests.support.databases import JudgeFor
+from tests.support.hooks import COMMITS, Act, Log, Unit, commit_session, commit_unit, leave, leave_unflushed
+from tests.support.site import MakeSite, Site, complaints
+from tests.support.tables import Note
+from tests.support.worker import open_worker
+
+
+class BoomError(Exception):
+    """A listener's mistake."""
+
+
+class Mine(Session):
+    """A session class of the user's."""
+
+
+class MyAsyncSession(AsyncSession):
+    """A session class of the user's, which brings the synchronous one."""
+
+    sync_session_class = Mine
+
+
+def boom(*_: object) -> None:
+    """Fail."""
+    message = "boom"
+    raise BoomError(message)
+
+
+def boom_at_the_end(_: Session, transaction: SessionTransaction) -> None:
+    """Fail, but not where a flush ends."""
+    if transaction.parent is None:
+        boom()
+
+
+def fail_in_sql(session: Session, *_: object) -> None:
+    """Send a statement that fails, and swallow that."""
+    with suppress(DBAPIError):
+        session.connection().exec_driver_sql("SELECT nothing FROM nowhere")
+
+
+def fail_in_a_savepoint(session: Session, *_: object) -> None:
+    """Send a statement that fails, and let a savepoint undo it."""
+    with suppress(DBAPIError), session.begin_nested():
+        session.connection().exec_driver_sql("SELECT nothing FROM nowhere")
+
+
+@define
+class Place:
+    """Where a listener is registered."""
+
+    target: Callable[[Unit], Any]
+    early: bool = False
+    """Before the pair's session class is made."""
+    insert: bool = False
+
+
+def on_session(_: Unit | None) -> type[Session]:
+    """Every session of the process."""
+    return Session
+
+
+def on_the_class(_: Unit | None) -> type[Session]:
+    """The sessions of the user's class."""
+    return Mine
+
+
+def on_the_instance(unit: Unit) -> Session:
+    """The session of the unit."""
+    return unit.session.sync_session
+
+
+def on_the_watched_class(unit: Unit) -> type[Session]:
+    """The class that the session says it is of."""
+    return type(unit.session.sync_session)
+
+
+PLACES = {
+    "Session, early": Place(on_session, early=True),
+    "Session, early, first": Place(on_session, early=True, insert=True),
+    "Session, late": Place(on_session),
+    "Session, late, first": Place(on_session, insert=True),
+    "class, early": Place(on_the_class, early=True),
+    "class, early, first": Place(on_the_class, early=True, insert=True),
+    "class, late": Place(on_the_class),
+    "class, late, first": Place(on_the_class, insert=True),
+    "own class, first": Place(on_the_watched_class, insert=True),
+    "instance": Place(on_the_instance),
+    "instance, first": Place(on_the_instance, insert=True),
+}
+each_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
+    """Listen, and no longer afterwards: the process goes on."""
+    event.listen(target, name, listener, insert=first)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
+async def play(
+    place: Place, url: str, judge_for: JudgeFor, log: Log, act: Act, name: str, *, listener: Any = boom
+) -> Site:
+    """Act in a unit whose sessions have a listener at a place; returns what can be looked at afterwards."""
+    early = listening(place.target(None), name, listener, first=place.insert) if place.early else None  # type: ignore[arg-type]
+    if early is not None:
+        early.__enter__()
+    try:
+        async with open_worker(url, judge_for) as worker:
+            worker.db.unbind()
+            worker.db.bind(worker.engine, session_args={"class_": MyAsyncSession})
+
+            async def work() -> None:
+                async with worker.db(commit_on_exit=True) as unit:
+                    log.both(unit)
+                    if place.early:
+                        await act(unit)
+                        return
+                    with listening(place.target(unit), name, listener, first=place.insert):
+                        await act(unit)
+                        await unit.commit()
+
+            try:
+                await work()
+            finally:
+                assert worker.checked_out() == 0
+                log.extend(str(note) for note in await worker.notes())
+            return worker
+    finally:
+        if early is not None:
+            early.__exit__(None, None, None)
+
+
+@pytest.fixture
+def log() -> Log:
+    """An empty log."""
+    return Log()
+
+
+@each_place
+@pytest.mark.parametrize("commit", COMMITS)
+async def test_after_commit(
+    place: Place, sqlite_url: str, judge_for: JudgeFor, log: Log, commit: Act, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is committed stays so: its hooks run, the error reaches the caller, and the connection returns."""
+    with pytest.raises(BoomError, match="boom"):
+        await play(place, sqlite_url, judge_for, log, commit, "after_commit")
+    assert log == ["committed", "a"]
+    assert complaints(caplog) == []
+
+
+@each_place
+@pytest.mark.parametrize(
+    ("name", "listener"), [("after_commit", boom), ("after_transaction_end", boom_at_the_end)]
+)
+async def test_after_commit_on_each_database(
+    place: Place, database_url: str, judge_for: JudgeFor, log: Log, name: str, listener: Callable[..., None]
+) -> None:
+    """So it is on each database, and with the event that follows."""
+    with pytest.raises(BoomError, match="boom"):
+        await play(place, database_url, judge_for, log, leave, name, listener=listener)
+    assert log == ["committed", "a"]
+
+
+@each_place
+@pytest.mark.parametrize("name", ["before_commit", "before_flush", "after_flush", "after_flush_postexec"])
+async def test_before_commit(place: Place, sqlite_url: str, judge_for: JudgeFor, log: Log, name: str) -> None:
+    """What fails before COMMIT is a rollback, to the database and to the hooks."""
+    with pytest.raises(BoomError, match="boom"):
+        await play(place, sqlite_url, judge_for, log, leave_unflushed, name)
+    assert log == ["rolled back"]
+
+
+@each_place
+@pytest.mark.parametrize("name", ["before_commit", "after_flush", "after_flush_postexec"])
+async def test_swallowed_by_a_listener(
+    place: Place, postgresql_url: str, judge_for: JudgeFor, log: Log, name: str
+) -> None:
+    """A statement's error that a listener swallows in the midst of commit() is no silent ROLLBACK either."""
+    with pytest.raises(UnexpectedRollbackError, match="a statement in it failed"):
+        act = leave if name == "before_commit" else leave_unflushed
+        await play(place, postgresql_url, judge_for, log, act, name, listener=fail_in_sql)
+    assert log == ["rolled back"]
+
+
+@pytest.mark.parametrize("name", ["before_commit", "after_flush_postexec"])
+@pytest.mark.parametrize("listener", [fail_in_sql, fail_in_a_savepoint])
+async def test_swallowed_where_the_transaction_goes_on(
+    database_url: str, judge_for: JudgeFor, log: Log, name: str, listener: Callable[..., None]
+) -> None:
+    """What a savepoint has undone, or the database forgives, stops no COMMIT."""
+    if listener is fail_in_sql and database_url.startswith("postgresql"):
+        return
+    place = PLACES["instance"]
+    heard: list[str] = []
+
+    def once(session: Session, *given: object) -> None:
+        if not heard:
+            heard.append(name)
+            listener(session, *given)
+
+    await play(place, database_url, judge_for, log, leave_unflushed, name, listener=once)
+    assert log == ["committed", "a"]
+
+
+async def test_unit_goes_on_after_a_listener(worker: Site, log: Log) -> None:
+    """The unit's next transactions have outcomes of their own: a commit, and a rollback."""
+    async with worker.db() as unit:
+        sync = unit.session.sync_session
+        for name, listener in (("after_commit", boom), ("after_transaction_end", boom_at_the_end)):
+            log.both(unit, name)
+            with listening(sync, name, listener, first=True), pytest.raises(BoomError):
+                await commit_unit(unit) if name == "after_commit" else await write(unit, "b")
+        log.both(unit, "third")
+        unit.session.add(Note(text="c"))
+        await unit.session.flush()
+        await unit.rollback()
+        log.both(unit, "fourth")
+        await write(unit, "d")
+    assert log == [
+        "after_commit committed",
+        "after_transaction_end committed",
+        "third rolled back",
+        "fourth committed",
+    ]
+    assert await worker.notes() == ["a", "b", "d"]
+
+
+async def write(unit: Unit, note: str) -> None:
+    """Write a note and commit."""
+    await unit.session.execute(insert(Note).values(text=note))
+    await unit.session.commit()
+
+
+@pytest.mark.parametrize("name", ["after_rollback", "after_soft_rollback"])
+async def test_after_rollback(worker: Site, log: Log, name: str) -> None:
+    """A listener that fails after ROLLBACK makes no commit of it."""
+    async with worker.db() as unit:
+        log.both(unit)
+        unit.session.add(Note(text="a"))
+        await unit.session.flush()
+        with listening(unit.session.sync_session, name, boom, first=True), pytest.raises(BoomError):
+            await unit.rollback()
+    assert log == ["rolled back"]
+    assert await worker.notes() == []
+
+
+@pytest.mark.parametrize("place", ["Session, late, first", "class, late", "instance"])
+async def test_request(make_site: MakeSite, database_url: str, log: Log, place: str) -> None:
+    """A request whose listener fails after COMMIT is answered 500, and `on_commit` hooks have run."""
+    site = await make_site(database_url, commit_on_exit=True, session_args={"class_": MyAsyncSession})
+    where, ends = PLACES[place], list[Any]()
+
+    @site.app.get("/")
+    async def route() -> None:
+        log.both(site.db.unit)
+        site.db.session.add(Note(text="a"))
+        manager = listening(where.target(site.db.unit), "after_commit", boom, first=where.insert)
+        manager.__enter__()
+        ends.append(manager)
+
+    try:
+        assert (await site.get(raise_app_exceptions=False)).status_code == 500
+    finally:
+        ends[0].__exit__(None, None, None)
+    assert log == ["committed"]
+    assert await site.notes() == ["a"]
+
+
+@pytest.mark.parametrize("commit", [commit_unit, commit_session])
+async def test_savepoint_that_was_released(worker: Site, log: Log, commit: Act) -> None:
+    """An `after_commit` listener hears of a savepoint's RELEASE, too: if it fails, nothing is committed."""
+
+    async def in_a_savepoint(unit: Unit) -> None:
+        async with unit.savepoint():
+            unit.session.add(Note(text="a"))
+            await unit.session.flush()
+        await commit(unit)
+
+    async def work() -> None:
+        async with worker.db(commit_on_exit=True) as unit:
+            log.both(unit)
+            with listening(unit.session.sync_session, "after_commit", boom, first=False):
+                await in_a_savepoint(unit)
+
+    with pytest.raises(BoomError):
+        await work()
+    assert log == ["rolled back"]
+    assert await worker.notes() == []
