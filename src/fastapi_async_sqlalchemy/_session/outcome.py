@@ -95,7 +95,7 @@ def require_commit(session: StatefulSession) -> None:
 
 
 def check_again(session: StatefulSession) -> None:
-    """Ask again before COMMIT is sent: a flush or a listener that follows ``before_commit`` has failed."""
+    """Check again before COMMIT is sent, after a flush or listener behind ``before_commit`` has failed."""
     transaction = session.get_transaction()
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):
@@ -156,7 +156,7 @@ def end_committed(session: StatefulSession) -> None:
     """End a transaction that was committed although ``commit()`` raises: a user's listener failed."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
     if transaction is None:
-        if state.committed:  # a listener of its end has kept ours from being reached
+        if state.committed:  # a listener of its end prevented ours from running
             _end_root(session, state)
         return
     if state.committing:  # our listener was not reached, and the database did not refuse

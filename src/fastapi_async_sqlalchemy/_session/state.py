@@ -78,7 +78,7 @@ class JoinedBlock:
     ended: asyncio.Event = Factory(asyncio.Event)
 
     def elsewhere(self) -> bool:
-        """Whether it runs in a task other than the current one."""
+        """Whether it runs in a task that is neither the current one nor the request's own."""
         return not self.own and self.task is not task_at_work()
 
     async def left(self) -> None:

@@ -88,7 +88,7 @@ class SettingsRoute:
         return self._engines[bind]
 
     def require(self, bind: AsyncEngine | AsyncConnection) -> None:
-        """Raise ``ConfigurationError`` where the settings cannot apply to an engine of the session's."""
+        """Raise ``ConfigurationError`` if the settings cannot apply to an engine of the session."""
         if not isinstance(bind, AsyncEngine):
             raise ConfigurationError(_CONNECTION.format("session_args['binds']"))
         self(bind.sync_engine)
