@@ -136,7 +136,7 @@ class Limits:
         limited = self._engines.get(bind)
         if limited is None:
             self._engines[bind] = limited = bind.execution_options()
-            limited.connect = partial(_connect, shared, ref(limited))  # type: ignore[method-assign]  # our own engine
+            limited.connect = partial(_connect, shared, ref(limited))  # type: ignore[method-assign]  # ours
             shared.listen(bind)
             shared.loops.engines.add(limited)
         return limited

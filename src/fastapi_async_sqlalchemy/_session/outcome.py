@@ -95,7 +95,7 @@ def require_commit(session: StatefulSession) -> None:
 
 
 def check_again(session: StatefulSession) -> None:
-    """Check again before COMMIT is sent, after a flush or listener behind ``before_commit`` has failed."""
+    """Check again before COMMIT is sent, in case a flush or listener after ``before_commit`` has failed."""
     transaction = session.get_transaction()
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):

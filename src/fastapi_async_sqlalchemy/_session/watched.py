@@ -106,7 +106,7 @@ class WatchedSession(StatefulSession):
         state.expose(connection)
         return connection
 
-    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's
         """Begin a transaction that the caller ends; SQLAlchemy ends it without calling this session."""
         transaction = super().begin(nested)
         transaction.__class__ = OwnedTransaction

@@ -109,7 +109,7 @@ def _on_replica(
     if fallback is not None:
         primary_engine: AsyncEngine | None = None
         if isinstance(fallback, Handle):
-            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # a cast is redundant to mypy
+            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
         if primary_engine is None or primary_engine is database.engine:
             message = "fallback must be the primary's proxy, which has an engine of its own."
             raise ConfigurationError(message)

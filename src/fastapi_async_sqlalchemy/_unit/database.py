@@ -264,7 +264,7 @@ def default_session_class() -> type[AsyncSession]:
     if importlib.util.find_spec("sqlmodel") is None:
         return AsyncSession
     try:
-        from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # slow to import
+        from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # slow
     except ImportError as error:
         message = (
             f"SQLModel is installed and cannot be imported ({error}): repair or uninstall it, or choose the "

@@ -85,7 +85,7 @@ def bound_here() -> Iterator[Place[Any]]:
     """Yield the current values of all databases' variables, each with the places around it."""
     for value in copy_context().values():
         if isinstance(value, Place):
-            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # a cast is redundant to mypy
+            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # redundant cast to mypy
 
 
 def open_unit(current: ContextVar[Place[S_co]]) -> UnitOfWork[S_co] | None:
