@@ -55,7 +55,6 @@ FOREIGN = {
     "_on_connect_isolation_level": "Dialect: what create_engine(isolation_level=) was given",
     "_soft_closed": "Result: Result.closed reports an explicit close() alone",
     "_is_clean": "Session: the public sets take thirty times as long to make",
-    "_getframe": "sys: where an engine was bound, in debug mode alone",
     "_execute_mutex": "asyncpg's adapter: whether a statement is under way on a connection",
     "_loop": "connections of asyncpg, aiomysql and asyncmy: the event loop that they serve",
     "_sa_adapter": "instrumented collections: whether a value is one",

@@ -1,4 +1,4 @@
-"""What a connection pool says of itself."""
+"""The state of a connection pool."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class PoolStatus(Mapping[str, str | int | float | None]):
 
     pool_class: str
     size: int | None = None
-    """What the pool keeps."""
+    """How many connections the pool keeps."""
     max_overflow: int | None = None
-    """How many more it opens when those are out; None also where there is no limit."""
+    """How many more it opens when those are in use; None also where there is no limit."""
     capacity: int | None = None
-    """The two together."""
+    """The sum of ``size`` and ``max_overflow``."""
     checked_in: int | None = None
     checked_out: int | None = None
     available: int | None = None
     """How many more can be checked out without waiting."""
     saturation: float | None = None
-    """The part of the capacity that is checked out: 0 to 1."""
+    """The share of the capacity that is checked out: 0 to 1."""
 
     def __getitem__(self, name: str) -> str | int | float | None:
         if name not in fields_dict(PoolStatus):

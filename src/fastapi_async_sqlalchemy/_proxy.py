@@ -1,11 +1,11 @@
-"""The `db` facade: what users hold."""
+"""The `db` facade, the object that users hold."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads dependency()'s annotations
+from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
 
 from ._arguments.engines import async_engine
 from ._session.checkout import pool_status
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class _NoSignature:
-    """Refuses the signature of a proxy, which a framework reads that injects arguments."""
+    """Descriptor that refuses the proxy's signature, so that frameworks cannot inject its arguments."""
 
     def __get__(self, proxy: object, kind: type) -> NoReturn:
         if proxy is None:
@@ -49,8 +49,8 @@ class _NoSignature:
 class SessionProxy(Handle[S_co]):
     """One database's ``db``: the current session and unit of work, and new units.
 
-    Made with its middleware by ``create_middleware_and_session_proxy()`` and kept for the life of the
-    process. It has no state of its own but the engine that was bound to it.
+    ``create_middleware_and_session_proxy()`` creates it together with its middleware, for the life of the
+    process. Its only state is the engine bound to it.
     """
 
     __slots__ = ()
@@ -58,11 +58,11 @@ class SessionProxy(Handle[S_co]):
 
     @property
     def session(self) -> S_co:
-        """The current unit's session, made on first use.
+        """The current unit's session, created on first use.
 
         Raises ``MissingSessionError`` outside a request and outside ``async with db():``,
-        ``UnitClosedError`` in a task that outlived its unit, ``SessionNotInitialisedError`` before
-        there is an engine.
+        ``UnitClosedError`` in a task that outlived its unit, and ``SessionNotInitialisedError`` before
+        an engine is bound.
         """
         unit = self._current_place()
         session = unit.opened
@@ -75,13 +75,13 @@ class SessionProxy(Handle[S_co]):
 
     @property
     def engine(self) -> AsyncEngine:
-        """The engine; ``SessionNotInitialisedError`` before there is one."""
+        """The engine; raises ``SessionNotInitialisedError`` before one is bound."""
         return self._database.engine
 
     def __call__(
         self,
         session_args: SessionArgs | None = None,
-        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the names and the order that users of 0.8 know
+        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the names and the order of release 0.8
         *,
         propagation: Propagation = "requires_new",
         read_only: bool | None = None,
@@ -94,29 +94,30 @@ class SessionProxy(Handle[S_co]):
         timeout: float | None = None,
         fallback: SessionProxy[AsyncSession] | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
-        """Return a unit of work for ``async with db() as unit:``, with a session of its own.
+        """Return a unit of work with a separate session, for ``async with db() as unit:``.
 
-        Leaving the block commits under ``commit_on_exit=True``, else rolls back what was not
-        committed, with a WARNING if something was written; an error that leaves the block rolls back.
+        Leaving the block commits under ``commit_on_exit=True``. Otherwise uncommitted work is rolled back,
+        with a WARNING if something was written. An error that leaves the block always rolls back.
         ``session_args`` are added to the database's own.
 
-        ``propagation``, inside an open unit: ``requires_new`` is independent of it, ``required`` joins it,
-        ``nested`` is a SAVEPOINT of it, ``never`` raises; outside all open one, but ``mandatory``, which
-        raises. What was joined is its owner's to commit, but not after an error has left the block.
+        ``propagation`` says how the block relates to an open unit. ``requires_new`` is independent of it,
+        ``required`` joins it, ``nested`` is a SAVEPOINT of it, and ``never`` raises. Outside a unit,
+        ``mandatory`` raises and all others open one. A joined unit is committed by its owner, but not after
+        an error has left the block.
 
-        ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions;
-        ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own. Under
-        ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a unit of its
-        own, settled when the task has ended, which the block's end waits for; ``max_concurrent`` of them
-        have a connection at a time.
+        ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
+        ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout. Under
+        ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a separate unit,
+        which is settled when the task ends. The end of the block waits for these tasks. At most
+        ``max_concurrent`` of their units hold a connection at a time.
 
-        ``wait_for`` is for a replica of PostgreSQL: the block is entered, with its connection checked out,
-        when that has replayed a position of its primary. After ``timeout`` seconds, 1 by default, it is a
-        ``ReplicaLagError``; or, if ``fallback`` is the primary's proxy, a read-only unit on the primary's
-        engine, with a WARNING, also where the replica cannot be reached.
+        ``wait_for`` is for a replica of PostgreSQL. The block is entered, with its connection checked out,
+        once the replica has replayed that position of its primary. After ``timeout`` seconds, 1 by default,
+        entry raises ``ReplicaLagError``. If ``fallback`` is the primary's proxy, the block gets a
+        read-only unit on the primary's engine instead, with a WARNING, also if the replica is unreachable.
 
-        Raises ``SessionNotInitialisedError`` before there is an engine, ``ConfigurationError`` for a wrong
-        argument; on entry ``PropagationError``.
+        Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
+        argument, and on entry ``PropagationError``.
         """
         return open_scope(
             self,
@@ -133,21 +134,21 @@ class SessionProxy(Handle[S_co]):
         )
 
     async def commit_position(self) -> WalPosition:
-        """Return how far the log of PostgreSQL's primary goes, for ``replica(wait_for=...)``.
+        """Return the current position of PostgreSQL's primary in its log, for ``replica(wait_for=...)``.
 
-        Everything that was committed before lies before it. Asked on the connection of the current unit's
-        transaction, or on one from the pool. Raises ``TransactionBegunError`` in a unit whose writes are not
-        committed yet, ``ConfigurationError`` on other databases and of a read-only pair.
+        Everything committed before the call lies before that position. The query uses the connection of the
+        current unit's transaction, or one from the pool. Raises ``TransactionBegunError`` in a unit with
+        uncommitted writes, ``ConfigurationError`` on other databases and for a read-only pair.
         """
         return await commit_position(self)
 
     def connection(
         self, *, timeout: float | None = None, commit_on_exit: bool | None = None
     ) -> AbstractAsyncContextManager[S_co, None]:
-        """Return a new unit's session for ``async with``, its connection checked out on entry.
+        """Return a new unit's session for ``async with``, with its connection checked out on entry.
 
-        ``timeout`` is how many seconds to wait for it, at most the pool's own; then ``PoolTimeoutError``.
-        ``commit_on_exit`` is the current unit's unless it is given.
+        ``timeout`` is how many seconds to wait for the connection, at most the pool's own timeout; then
+        ``PoolTimeoutError`` is raised. ``commit_on_exit`` defaults to that of the current unit.
         """
         return open_connection(self, timeout, commit_on_exit)
 
@@ -159,13 +160,13 @@ class SessionProxy(Handle[S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> Coroutine[Any, Any, Any]:
-        """Run each coroutine in a task and a unit of work of its own; returns their results in order.
+        """Run each coroutine in a separate task and unit of work, and return the results in order.
 
-        At most ``max_concurrent`` run at a time. Each commits or rolls back with its own outcome:
-        ``commit_on_exit`` and ``session_args`` are the current unit's unless they are given. The first
-        error cancels the others, waits until they are settled, and is raised; with
-        ``return_exceptions=True`` errors are results. Like ``asyncio.gather()`` it returns a list, which
-        type checkers see as a tuple.
+        At most ``max_concurrent`` run at a time. Each unit commits or rolls back by its own outcome.
+        ``commit_on_exit`` and ``session_args`` default to those of the current unit. The first error cancels
+        the other tasks, waits until their units are settled, and is raised. With ``return_exceptions=True``
+        errors are returned as results. The result is a list, as with ``asyncio.gather()``, which type
+        checkers see as a tuple.
         """
         return gather_in_units(
             self,
@@ -183,10 +184,10 @@ class SessionProxy(Handle[S_co]):
         commit_on_exit: bool | None = None,
         session_args: SessionArgs | None = None,
     ) -> UnitTaskGroup[S_co]:
-        """Return a group of tasks, on ``asyncio.TaskGroup``, each in a unit of its own; else as ``gather()``.
+        """Return a group of tasks, built on ``asyncio.TaskGroup``, each in a separate unit; see ``gather()``.
 
-        ``async with db.task_group() as tasks: tasks.create_task(work())``. Errors leave it in an
-        ``ExceptionGroup``, when all tasks have ended and their units are settled.
+        ``async with db.task_group() as tasks: tasks.create_task(work())``. Errors leave the block in an
+        ``ExceptionGroup``, once all tasks have ended and their units are settled.
         """
         return open_task_group(self, max_concurrent, commit_on_exit, session_args)
 
@@ -217,14 +218,14 @@ class SessionProxy(Handle[S_co]):
         deferrable: bool | None = None,
         retries: int = 0,
     ) -> F | Callable[[F], F]:
-        """Run a coroutine function in a unit of work, committed when it returns; a decorator.
+        """Decorate a coroutine function to run in a unit of work that commits when it returns.
 
-        The other arguments are those of ``db(...)``. After a serialization failure or a deadlock
-        the function is called again, in a new unit, up to ``retries`` times, with growing pauses; not when
-        the outcome of COMMIT is unknown. That needs the extra ``[retries]``, and a unit of its own:
-        inside one that would be joined it raises ``PropagationError``.
+        The other arguments are those of ``db(...)``. After a serialization failure or a deadlock the function
+        is called again in a new unit, up to ``retries`` times, with growing pauses. It is not called again
+        when the outcome of COMMIT is unknown. Retries need the extra ``[retries]`` and a unit that the
+        function does not share: where it would join one, the call raises ``PropagationError``.
 
-        Raises ``ConfigurationError`` for a wrong argument, and for what is no coroutine function.
+        Raises ``ConfigurationError`` for a wrong argument, and if ``function`` is not a coroutine function.
         """
         decorate = decorator(
             self,
@@ -239,16 +240,16 @@ class SessionProxy(Handle[S_co]):
     async def dependency(self, connection: HTTPConnection) -> S_co:
         """Return the session of the request's unit, for ``Annotated[Session, Depends(db.dependency)]``.
 
-        Where no middleware has bound a unit, FastAPI opens one around the endpoint: committed when that
-        returns, before the response is sent, and rolled back when it raises. Raises
-        ``MissingSessionError`` in a WebSocket, and on a FastAPI that has no dependencies of that scope.
+        Where no middleware has bound a unit, FastAPI opens one around the endpoint. It is committed when the
+        endpoint returns, before the response is sent, and rolled back when the endpoint raises. Raises
+        ``MissingSessionError`` in a WebSocket, and with a FastAPI that has no function-scoped dependencies.
         """
         return await session_of_request(self, connection)
 
     def pool_status(self) -> PoolStatus:
-        """Return what the engine's pool says of itself now.
+        """Return the current state of the engine's pool.
 
-        Raises ``SessionNotInitialisedError`` before there is an engine.
+        Raises ``SessionNotInitialisedError`` before an engine is bound.
         """
         return pool_status(self._database.engine.sync_engine.pool)
 
@@ -261,26 +262,26 @@ class SessionProxy(Handle[S_co]):
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
-        An engine made from a URL is disposed at the block's end; a given engine is only let go.
-        Raises ``ConfigurationError`` at once, ``EngineAlreadyBoundError`` on entry.
+        An engine made from a URL is disposed at the end of the block; a given engine is only released.
+        Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
         """
         return connect(self, self, url, engine_args, session_args)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
-        """Use a caller's engine, until ``unbind()``; it is never disposed here.
+        """Use a caller's engine until ``unbind()``, which does not dispose it.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use.
         """
         self._database.bind(async_engine("engine", engine), session_args)
 
     def unbind(self) -> None:
-        """Let go of an engine that ``bind()`` took; another one may be bound then."""
+        """Release the engine given to ``bind()``; another one may then be bound."""
         self._database.unbind()
 
-    if not TYPE_CHECKING:  # to type checkers there is no such attribute
+    if not TYPE_CHECKING:  # type checkers should see no such attribute
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Raise the error that says where a session's or a unit's attribute is found."""
+            """Raise an error that says where to find an attribute of a session or a unit."""
             message = f"'SessionProxy' object has no attribute {name!r}"
             for owner, kind in (("unit", UnitOfWork), ("session", AsyncSession)):
                 if not name.startswith("_") and hasattr(kind, name):
@@ -293,13 +294,13 @@ class SessionProxy(Handle[S_co]):
 
 
 DBSessionMeta: TypeAlias = SessionProxy
-"""The name of release 0.8."""
+"""The name used in release 0.8."""
 
 
 def new_database(
     session_class: type[S_co] | None, settings: TransactionSettings
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
-    """Make a database, the variable of its current unit, and its proxy."""
+    """Create a database, the variable of its current unit, and its proxy."""
     database: Database[S_co] = Database(session_class, settings)
     current = current_variable(database)
     return database, current, SessionProxy(database, current, current.get)

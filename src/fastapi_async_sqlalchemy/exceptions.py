@@ -1,4 +1,4 @@
-"""Every error of this package: one base, a message built from facts, the remedy named."""
+"""The errors of this package: one base class, messages built from facts, each with its remedy."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ _ANY_USE: Final = "the application's lifespan, `async with db.connect(...)`, `db
 
 
 class FastAPIAsyncSQLAlchemyError(Exception):
-    """Base of every error that this package raises itself.
+    """Base class of every error that this package raises.
 
     Errors of the database and of SQLAlchemy pass through unchanged.
     """
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Copy and pickle the message as it is: it was built from facts that are not kept."""
+        """Copy and pickle the message itself: the facts that it was built from are not kept."""
         return _restore, (type(self), self.args), self.__dict__
 
 
 def _safe_repr(value: object) -> str:
-    """Return a wrong value as an error may show it: what could hold a password, by its type alone."""
+    """Return a wrong value for an error message; a value that may hold a password becomes its type."""
     text = repr(value)
     return type(value).__name__ if "://" in text or "@" in text else text
 
@@ -69,11 +69,11 @@ def _restore(
 
 
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
-    """An argument is wrong; raised where it is given, before any request is served.
+    """A wrong argument, raised where it is given, before any request is served.
 
     The message names the parameter and the remedy, and never shows a password. It is built from the
-    parameter's name, the value that it should have and the one that it has; or it is the whole text, where
-    the fact does not fit that form.
+    parameter's name, the expected value and the given one. If the fact does not fit that form, the first
+    argument is the whole text.
     """
 
     def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None:
@@ -94,7 +94,7 @@ class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
 
 
 class SessionNotInitialisedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    """A unit of work was asked for before the proxy had an engine."""
+    """A unit of work was requested before the proxy had an engine."""
 
     def __init__(self, database: str) -> None:
         super().__init__(
@@ -104,11 +104,11 @@ class SessionNotInitialisedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
 
 class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
-    """No unit of work is current here.
+    """No unit of work is current.
 
-    Raised by ``db.session`` and ``db.unit`` outside a request and outside ``async with db():``,
-    and in a place where the middleware binds none on purpose: a WebSocket, an excluded path. Likewise in a
-    thread of a ``multi_sessions`` block whose task has not asked for a unit itself.
+    Raised by ``db.session`` and ``db.unit`` outside a request and outside ``async with db():``. It is also
+    raised where the middleware deliberately binds no unit: in a WebSocket, on an excluded path. In a
+    ``multi_sessions`` block it is raised in a thread whose task has not asked for a unit itself.
     """
 
     def __init__(self, database: str, place: str, remedy: str) -> None:
@@ -119,7 +119,7 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """A unit of work, or its session, was used after its end, or entered twice.
 
     A task that outlives its request gets this error, because nobody would commit or roll back
-    what it goes on to write.
+    its later writes.
     """
 
     def __init__(self, database: str, opening: str | None = None) -> None:
@@ -132,10 +132,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """A task used a session while another task was in the middle of an operation on it.
 
-    Raised before the session's state or its connection is touched. Tasks may use one session in
-    turn; at the same time each needs its own. On MySQL and MariaDB a stream that has rows left is in the
-    middle, too, also for the task that reads it: another statement would cost it those rows. With asyncpg
-    so is another event loop that runs in another thread and has connections in the same pool.
+    Raised before the session's state or its connection is touched. Tasks may use one session in turn;
+    to work at the same time, each needs a separate one. On MySQL and MariaDB a stream with rows left
+    counts as an operation, even for the task that reads it: another statement would lose those rows. With
+    asyncpg, so does another event loop that runs in another thread with connections in the same pool.
     """
 
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None:
@@ -145,12 +145,12 @@ class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
 
 class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
-    """COMMIT was asked for, but the transaction can only be rolled back.
+    """COMMIT was requested, but the transaction can only be rolled back.
 
-    It is a ``PendingRollbackError`` of SQLAlchemy's, which SQLAlchemy itself raises after a failed flush.
-    ``__cause__`` is the error that made it so, where there was one: a statement failed, its error
-    was swallowed, and the database had given up the transaction, so that COMMIT would have been a
-    silent rollback; or a block that had joined the unit failed, and somebody swallowed its error.
+    It is a subclass of SQLAlchemy's ``PendingRollbackError``, which SQLAlchemy raises after a failed flush.
+    ``__cause__`` is the original error, if there was one. Either a statement failed, its error was swallowed
+    and the database had given up the transaction, so that COMMIT would have been a silent rollback; or a
+    block that had joined the unit failed and its error was swallowed.
     """
 
     def __init__(self, database: str, reason: str, remedy: str | None = None) -> None:
@@ -160,10 +160,10 @@ class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError,
 
 
 class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    """A block cannot have what it asks for where it stands.
+    """A block's propagation cannot be satisfied at this place.
 
-    It must join a unit of work and there is none, must not find one and there is one, or joins one
-    with other settings than its own.
+    It must join a unit of work and none is open, it must not run inside one and one is open, or it joins
+    one that has different settings.
     """
 
     def __init__(self, database: str, reason: str, remedy: str) -> None:
@@ -173,7 +173,7 @@ class PropagationError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """Changed objects were flushed in a read-only unit of work; nothing was sent.
 
-    SQL that the caller wrote himself goes to the database, which refuses it with an error of its own.
+    The caller's own SQL is sent to the database, which refuses it with its own error.
     """
 
     def __init__(self, database: str, objects: int) -> None:
@@ -184,17 +184,17 @@ class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
 
 class TransactionBegunError(FastAPIAsyncSQLAlchemyError, RuntimeError):
-    """What belongs before a transaction's first statement, or after its end, came in the middle of it."""
+    """A call that must precede a transaction's first statement, or follow its end, came in the middle."""
 
     def __init__(self, database: str, remedy: str) -> None:
         super().__init__(f"A transaction of {database} is open: {remedy}.")
 
 
 class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
-    """No connection came free in time; nothing was sent.
+    """No connection became free in time; nothing was sent.
 
-    ``timeout`` is how long was waited and ``retry_after`` when to try again, both in seconds.
-    ``pool_status`` is what ``db.pool_status()`` would have said then.
+    ``timeout`` is how long the wait was and ``retry_after`` when to try again, both in seconds.
+    ``pool_status`` is the result of ``db.pool_status()`` at that moment.
     """
 
     def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None:
@@ -211,8 +211,8 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
 class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):
     """A replica had not replayed a position in time; nothing was read from it.
 
-    ``position`` is where the primary had been, ``replayed`` how far the replica had come, if it had begun,
-    and ``timeout`` how many seconds were waited.
+    ``position`` is the position required, ``replayed`` the one that the replica had reached, if known,
+    and ``timeout`` how long the wait was in seconds.
     """
 
     def __init__(self, database: str, position: str, replayed: str | None, timeout: float) -> None:
@@ -247,8 +247,8 @@ class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """A connection broke so late in ``atomic()`` that a prepared transaction may be left behind.
 
-    ``transaction`` is a part of its name, ``committed`` and ``in_doubt`` are databases; ``__cause__`` is what
-    broke. What is prepared holds its locks until it is finished.
+    ``transaction`` is a part of its name, ``committed`` and ``in_doubt`` are databases, and ``__cause__`` is
+    the error that broke the connection. A prepared transaction holds its locks until it is finished.
     """
 
     def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None:

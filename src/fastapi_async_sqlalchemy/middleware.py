@@ -55,27 +55,28 @@ _default_database, _default_current, db = new_database(None, PLAIN)
 
 
 class SQLAlchemyMiddleware(Generic[S_co]):
-    """Binds one unit of work to each HTTP request. Pure ASGI.
+    """Pure ASGI middleware that binds one unit of work to each HTTP request.
 
-    The unit is settled when the application starts its response, before the client sees any of it, and
+    The unit is settled when the application starts its response, before the client sees any of it. It is
     closed when the application returns. An engine made from ``db_url`` is disposed when the lifespan
-    ends; a ``custom_engine`` never.
+    ends; a ``custom_engine`` never is.
 
     Args:
-        app: the application inside.
-        db_url: where the database is, by an asyncio driver. Either this or ``custom_engine``, or neither
-            where ``db.bind()`` or ``db.connect()`` gives the engine, until the application has started.
+        app: the wrapped application.
+        db_url: the URL of the database, with an asyncio driver. Give this or ``custom_engine``. Give neither
+            if ``db.bind()`` or ``db.connect()`` provides the engine before the application has started.
         custom_engine: the caller's own engine.
         engine_args: for ``create_async_engine()``, with ``db_url``.
         session_args: for the sessions; ``class_`` is the session class.
         commit_on_exit: commit a response whose status is below 400, unless an exception is being handled.
         exclude_paths: paths, exactly as requested, that get no unit of work.
-        commit_when: the caller's own rule in place of that one: status and exception in, commit or not out.
-        max_concurrent_requests: so many requests at a time get as far as the application, each until its
-            response starts; the others wait. Excluded paths do not count.
+        commit_when: a function that replaces that rule: it gets status and exception, and returns whether
+            to commit.
+        max_concurrent_requests: how many requests at a time reach the application, each until its response
+            starts. The others wait. Excluded paths do not count.
         request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
-        pool_warn_threshold: the part of the pool, above 0 and up to 1, whose checkout is worth a WARNING.
-        pool_warn_interval: seconds from one such WARNING to the next.
+        pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
+        pool_warn_interval: seconds between two such WARNINGs.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -85,14 +86,14 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     _database: ClassVar[Database[Any]] = _default_database
     _current: ClassVar[ContextVar[Place[Any]]] = _default_current
 
-    def __init__(  # noqa: PLR0917  # the order that users of 0.8 know
+    def __init__(  # noqa: PLR0917  # the order of release 0.8
         self,
         app: ASGIApp,
         db_url: str | URL | None = None,
         custom_engine: AsyncEngine | None = None,
         engine_args: EngineArgs | Mapping[str, object] | None = None,
         session_args: SessionArgs | Mapping[str, object] | None = None,
-        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # likewise
+        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the order of release 0.8
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
@@ -147,11 +148,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._holder = evolve(self._holder, source=source, application=application)
         first = self._database.holder
         if first is not None and first.application is application and first.source == source:
-            return self._database.engine  # the application has built its stack again
+            return self._database.engine  # the application has rebuilt its middleware stack
         return create_engine("db_url", db_url, engine_args)
 
     def _begin(self) -> None:
-        """Take the engine into use, again after an earlier lifespan's end, or wait for the one that comes."""
+        """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
         if self._engine is None:
             self._database.watch_pool(self._warning)
         else:
@@ -176,14 +177,14 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             forward=send,
         )
         unit._outer_exception = sys.exception()
-        unit._app = scope.get("app")  # before a mounted application puts itself there
+        unit._app = scope.get("app")  # read before a mounted application replaces it
         self._current.set(unit)
         try:
             try:
                 await self.app(scope, unit._receive, unit._send)
                 if unit._failure is not None:
-                    raise unit._failure  # noqa: TRY301  # the application has swallowed it
-            except Exception:  # middlewares outside see that the answer handles it
+                    raise unit._failure  # noqa: TRY301  # the application swallowed it
+            except Exception:  # answered inside `except`: outer middlewares see it handled
                 if unit._failure is None:
                     raise
                 await unit._answer()
@@ -198,7 +199,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await abandon(unit)
             raise
         finally:
-            # a server may make a connection's next request from within this one's context: let no chain grow
+            # a server may run a connection's next request in this context: do not let a chain of units grow
             self._current.set(outer)
             unit._outer = None
             if unit._received:
@@ -216,7 +217,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             self._current.reset(token)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Dispose an engine that was made here before the server hears of the end, and stops its loop."""
+        """Run the lifespan, and dispose an owned engine before the server stops the event loop."""
         answered = ended = False
 
         async def end() -> None:
@@ -244,11 +245,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self.app(scope, receive, forward)
         finally:
             await end()
-            if not answered:  # it has no lifespan, and may be served all the same
+            if not answered:  # an application without a lifespan may still be served
                 self._database.watch_pool(self._warning)
 
     async def _end(self) -> None:
-        """Let the engine go; an error of disposing it changes nothing for the application."""
+        """Release the engine; an error while disposing it is logged and not raised."""
         self._database.watch_pool(None)
         if self._engine is not None:
             try:
@@ -258,16 +259,16 @@ class SQLAlchemyMiddleware(Generic[S_co]):
 
 
 def _innermost(app: object) -> object:
-    """Return what lies below all middlewares: a router, the same each time its application is built."""
+    """Return the application below all middlewares: a router, the same at each rebuild of the stack."""
     while True:
         inner: object = getattr(app, "app", None)
-        if inner is None or inspect.ismethod(inner):  # as a router's own
+        if inner is None or inspect.ismethod(inner):  # a router's `app` is a method
             return app
         app = inner
 
 
 def add_pool_timeout_handler(app: Starlette) -> None:
-    """Let an application answer every ``PoolTimeoutError`` by 503 with ``Retry-After``."""
+    """Answer every ``PoolTimeoutError`` in an application with 503 and ``Retry-After``."""
     _require_starlette(app)
     app.add_exception_handler(PoolTimeoutError, _answer_pool_timeout)
 
@@ -285,15 +286,15 @@ async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
 def create_middleware_and_session_proxy(
     session_class: type[S_co] | None = None, *, read_only: bool = False
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
-    """Make the pair of one database: a middleware class, and the ``db`` that goes with it.
+    """Create the pair for one database: a middleware class and its ``db`` proxy.
 
-    Two pairs never see each other's engine, session or unit. ``session_class`` is the database's
-    session class, which makes its proxy a type of its own; without it sessions are SQLModel's where
-    SQLModel is installed, else SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are
-    read-only, as is right for a replica.
+    Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
+    class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
+    otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
+    suits a replica.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, ``read_only`` no bool.
+        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or ``read_only`` not a bool.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)

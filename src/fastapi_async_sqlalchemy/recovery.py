@@ -1,8 +1,9 @@
-"""Finishes what a crash has left of ``atomic()``: ``python -m fastapi_async_sqlalchemy.recovery URL URL``.
+"""Finish transactions that a crash interrupted: ``python -m fastapi_async_sqlalchemy.recovery URL URL``.
 
-A prepared transaction holds its locks until somebody commits it or rolls it back, over restarts of the
-server too. One of them is the witness, prepared last and committed last: where it is found, all had been
-prepared, and the rest is committed; where it is not, nothing had been committed, and all are rolled back.
+A transaction that ``atomic()`` has prepared holds its locks until it is committed or rolled back, even
+over restarts of the server. Of each block, one is the witness, which is prepared last and committed last.
+If the witness is found, all were prepared, and the rest is committed. If not, nothing was committed, and
+all are rolled back.
 """
 
 from __future__ import annotations
@@ -40,24 +41,26 @@ __all__ = ["Resolved", "main", "recover"]
 
 @frozen
 class Resolved:
-    """What was done with one prepared transaction of a database."""
+    """The outcome of one prepared transaction of a database."""
 
     name: str
     database: str
     committed: bool
-    """Else rolled back."""
+    """False if it was rolled back."""
 
 
 async def recover(
     *engines: AsyncEngine, older_than: float = 600.0, dry_run: bool = False, group: str | None = None
 ) -> list[Resolved]:
-    """Commit or roll back what ``atomic()`` has left prepared on these databases, which must be all of its.
+    """Commit or roll back the prepared transactions that ``atomic()`` has left on these databases.
 
-    Leaves transactions alone that are younger than ``older_than`` seconds by the clocks of their servers:
-    they may be under way. With ``dry_run`` it only tells. Run it again after an error, or several at a time;
-    nothing is decided twice in different ways. Transactions of other sets of databases, told apart by what
-    the URLs say of host, port and database, are left alone, with a WARNING that names them; for databases
-    that have moved since, ``group`` is the name of the set as that WARNING says it.
+    ``engines`` must be all databases of those transactions. A transaction younger than ``older_than`` seconds
+    by its server's clock is left alone, since it may be under way. ``dry_run`` only reports. Run it again
+    after an error, or several times at once: it never decides one transaction in two ways.
+
+    Sets of databases are distinguished by host, port and database of their URLs. Transactions of other sets
+    are left alone, with a WARNING that names them. If databases have moved, ``group`` is the name of the set
+    from that WARNING.
     """
     resolved, _ = await _resolve(engines, older_than, group, dry_run=dry_run)
     return resolved
@@ -66,7 +69,7 @@ async def recover(
 async def _resolve(
     engines: Sequence[AsyncEngine], older_than: float, group: str | None, *, dry_run: bool
 ) -> tuple[list[Resolved], int]:
-    """Do what ``recover()`` says; returns also how many transactions of other sets were left alone."""
+    """Implement ``recover()``; return also how many transactions of other sets were left alone."""
     boolean("dry_run", dry_run)
     addresses = {address_of(async_engine("engines", engine).url) for engine in engines}
     if len(addresses) < max(2, len(engines)):
@@ -78,7 +81,7 @@ async def _resolve(
     young: set[str] = set()
     for engine in engines:
         for branch, age in (await prepared(engine, start)).items():
-            found.setdefault(branch, engine)  # MariaDB shows all of the server
+            found.setdefault(branch, engine)  # MariaDB lists those of the whole server
             if age < oldest:
                 young.add(branch.transaction)
     found = {branch: engine for branch, engine in found.items() if branch.transaction not in young}

@@ -1,1 +1,1 @@
-"""What a caller may ask for."""
+"""Arguments of callers, and their validation."""

@@ -1,4 +1,4 @@
-"""What a caller may ask for, and its validation."""
+"""Validation of simple arguments."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 from ..exceptions import ConfigurationError, _safe_repr
 
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
-"""What a block does about the unit of work that is open where it stands."""
+"""How a block treats the unit of work that encloses it."""
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-"""SQLAlchemy's names, less AUTOCOMMIT, which is no transaction."""
+"""SQLAlchemy's names without AUTOCOMMIT, which is not a transaction."""
 PROPAGATIONS: Final[tuple[str, ...]] = get_args(Propagation)
 ISOLATION_LEVELS: Final[tuple[str, ...]] = get_args(IsolationLevel)
 
 
 def mapping(name: str, value: object) -> Mapping[str, Any]:
-    """Return an optional mapping, checked."""
+    """Validate an optional mapping."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -27,7 +27,7 @@ def mapping(name: str, value: object) -> Mapping[str, Any]:
 
 
 def boolean(name: str, value: object) -> bool:
-    """Return a flag, checked: a truthy string is a mistake, not a yes."""
+    """Validate a flag: a truthy string is a mistake, not a yes."""
     if not isinstance(value, bool):
         wanted = "True or False"
         raise ConfigurationError(name, wanted, value)
@@ -35,7 +35,7 @@ def boolean(name: str, value: object) -> bool:
 
 
 def propagation_of(value: object) -> Propagation:
-    """Return a propagation, checked."""
+    """Validate a propagation."""
     if value not in PROPAGATIONS:
         wanted = f"one of {', '.join(PROPAGATIONS)}"
         msg = "propagation"
@@ -44,7 +44,7 @@ def propagation_of(value: object) -> Propagation:
 
 
 def count(name: str, value: object, least: int) -> int:
-    """Return a whole number, checked."""
+    """Validate a whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         wanted = f"a whole number of at least {least}"
         raise ConfigurationError(name, wanted, value)
@@ -52,7 +52,7 @@ def count(name: str, value: object, least: int) -> int:
 
 
 def positive(name: str, value: object) -> float:
-    """Return a number of seconds or a part, checked: more than nothing, and finite."""
+    """Validate a number of seconds or a share: above 0, and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         wanted = "a finite number above 0"
         raise ConfigurationError(name, wanted, value)
@@ -60,17 +60,17 @@ def positive(name: str, value: object) -> float:
 
 
 def optional_count(name: str, value: object) -> int | None:
-    """Return a whole number of at least 1, checked; None is no limit."""
+    """Validate a whole number of at least 1; None means no limit."""
     return None if value is None else count(name, value, 1)
 
 
 def optional_seconds(name: str, value: object) -> float | None:
-    """Return a number of seconds, checked; None is no deadline."""
+    """Validate a number of seconds; None means no deadline."""
     return None if value is None else positive(name, value)
 
 
 def paths(name: str, value: object) -> frozenset[str]:
-    """Return request paths, checked: each begins with a slash."""
+    """Validate request paths: each begins with a slash."""
     if value is None:
         return frozenset()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):

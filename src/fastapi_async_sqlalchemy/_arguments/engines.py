@@ -32,29 +32,29 @@ _OTHERS: Final = (
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     "<",
 )
-"""Where files lie that are not the user's."""
+"""Path prefixes of files that are not the user's."""
 
 
 @frozen(eq=False)
 class Holder:
-    """Who has an engine in use."""
+    """The code that has an engine in use."""
 
     name: str
     remedy: str
     """How to end that use."""
     source: object = None
-    """What the engine was made from."""
+    """The source that the engine was created from."""
     application: object = None
-    """For whom, where that may ask for the same again."""
+    """The application it serves, if that may request the same engine again."""
     where: str | None = None
-    """The line of the user's that began the use, in debug mode."""
+    """The user's line that began the use, in debug mode."""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.where}" if self.where else self.name
 
 
 def holder(name: str, remedy: str) -> Holder:
-    """Return who takes an engine into use here."""
+    """Return the holder for a use of an engine that begins now."""
     return Holder(name, remedy, where=_user_line() if _debugging() else None)
 
 
@@ -67,31 +67,31 @@ def _debugging() -> bool:
 
 
 def _user_line() -> str | None:
-    """Return the nearest line that is the user's, or else the test that runs."""
+    """Return the nearest line of the user's code, otherwise the running test."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_OTHERS):
         frame = frame.f_back
-    if frame is None:  # a TestClient calls the application in a thread of its own
+    if frame is None:  # a TestClient calls the application in a separate thread
         return os.environ.get("PYTEST_CURRENT_TEST")
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def place_of(url: URL) -> URL:
-    """Return where a database is, as messages may show it: without user, password and query."""
+    """Return a database's address for messages: without user, password and query."""
     return URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
 
 
 def pgbouncer_engine_args(**connect_args: object) -> EngineArgs:
-    """Return ``engine_args`` for asyncpg behind PgBouncer's transaction pooling, and more ``connect_args``.
+    """Return ``engine_args`` for asyncpg behind PgBouncer's transaction pooling; adds ``connect_args``.
 
-    No statement is kept from one transaction to the next, which another server connection may serve: they
-    have no name, and PostgreSQL keeps one such at a time. Raises ``ConfigurationError`` for an argument that
-    would change that.
+    No statement is kept after a transaction, because another server connection may serve the next one.
+    Statements have no name, and PostgreSQL keeps one such at a time. Raises ``ConfigurationError`` for an
+    argument that would change that.
     """
     nameless: dict[str, Any] = {
         "statement_cache_size": 0,  # asyncpg's
         "prepared_statement_cache_size": 0,  # SQLAlchemy's
-        "prepared_statement_name_func": str,  # "" each time: one by name would stay behind
+        "prepared_statement_name_func": str,  # "" each time: a named one would stay behind
     }
     if taken := ", ".join(connect_args.keys() & nameless):
         message = f"pgbouncer_engine_args() sets {taken} itself: leave it out, or do without the function."
@@ -103,7 +103,7 @@ def pgbouncer_engine_args(**connect_args: object) -> EngineArgs:
 
 
 def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None) -> AsyncEngine:
-    """Make an engine, and turn every mistake in its arguments into a ``ConfigurationError``."""
+    """Create an engine; raise ``ConfigurationError`` for every mistake in its arguments."""
     parsed = parse(name, url)
     driver = parsed.drivername
     arguments = dict(mapping("engine_args", engine_args))
@@ -113,7 +113,7 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
         message = f"{name}: SQLAlchemy knows no {driver!r}: {_DRIVERS}."
         raise ConfigurationError(message) from error
     try:
-        # looked up now: OpenTelemetry and others replace it, whenever they are switched on
+        # looked up at call time: OpenTelemetry and others replace it whenever they are enabled
         return sqlalchemy_asyncio.create_async_engine(parsed, **arguments)
     except InvalidRequestError as error:
         message = f"{name}: {driver!r} is not asynchronous: {_DRIVERS}."
@@ -130,13 +130,13 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
                 f"engine_args do not fit an engine for {driver!r}: {error!r}: correct the argument it names."
             )
             raise ConfigurationError(message) from error
-    # outside of the block: a text that quotes the URL may show a password, and is not kept as a context
+    # outside the block: a text that quotes the URL may show a password, and must not become the context
     message = f"{name}: {driver!r} refuses this URL: check its host, database and query."
     raise ConfigurationError(message)
 
 
 def async_engine(name: str, value: object) -> AsyncEngine:
-    """Return a caller's engine, checked."""
+    """Validate a caller's engine."""
     if not isinstance(value, AsyncEngine):
         message = f"{name} must be an AsyncEngine of create_async_engine(), not {type(value).__name__}."
         raise ConfigurationError(message)
@@ -144,13 +144,13 @@ def async_engine(name: str, value: object) -> AsyncEngine:
 
 
 def parse(name: str, url: object) -> URL:
-    """Return a URL, checked as far as it can be read."""
+    """Validate a URL, as far as it can be parsed."""
     if isinstance(url, URL):
         return url
     if not isinstance(url, str):
         message = f"{name} must be a string or a sqlalchemy URL, not {type(url).__name__}."
         raise ConfigurationError(message)
-    with suppress(ArgumentError, ValueError):  # whose text may quote the whole URL, its password included
+    with suppress(ArgumentError, ValueError):  # their text may quote the whole URL, including its password
         return make_url(url)
     message = f"{name} cannot be parsed: write it as dialect+driver://user:password@host:port/database."
     raise ConfigurationError(message)

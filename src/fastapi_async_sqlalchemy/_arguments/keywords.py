@@ -1,7 +1,7 @@
 """The keyword arguments of engines and sessions that a caller may give.
 
-Annotations are evaluated here, unlike in the other rooms: a ``TypedDict`` of strings would compile each of
-them at import, and whoever reads them at run time would have to know our imports.
+Annotations are evaluated here, unlike in the other modules. A ``TypedDict`` of strings would compile each
+of them at import, and code that reads them at run time would need this module's imports.
 """
 
 import inspect
@@ -59,11 +59,11 @@ class EngineArgs(TypedDict, total=False):
 
 
 class SessionArgs(TypedDict, total=False):
-    """Keyword arguments of SQLAlchemy's ``AsyncSession`` and ``Session``, less ``bind``.
+    """Keyword arguments of SQLAlchemy's ``AsyncSession`` and ``Session``, without ``bind``.
 
-    ``class_`` is the session class, in the spelling of ``async_sessionmaker``. Two defaults differ
-    from SQLAlchemy's: ``expire_on_commit`` is False, because an expired attribute cannot be loaded by
-    reading it under asyncio, and ``close_resets_only`` is False once the unit has ended.
+    ``class_`` is the session class, as in ``async_sessionmaker``. Two defaults differ from SQLAlchemy's.
+    ``expire_on_commit`` is False, because an expired attribute cannot be loaded by reading it under
+    asyncio. ``close_resets_only`` is False once the unit has ended.
     """
 
     autobegin: bool
@@ -84,7 +84,7 @@ class SessionArgs(TypedDict, total=False):
 
 
 def session_arguments(value: object) -> dict[str, Any]:
-    """Return session arguments, checked for what SQLAlchemy itself would not tell well."""
+    """Validate session arguments for which SQLAlchemy's own errors are unclear."""
     arguments = dict(mapping("session_args", value))
     if "bind" in arguments:
         message = (
@@ -109,7 +109,7 @@ def session_arguments(value: object) -> dict[str, Any]:
 
 
 def session_class_of(name: str, value: object) -> None:
-    """Refuse what is not an ``AsyncSession`` class."""
+    """Raise ``ConfigurationError`` for anything but an ``AsyncSession`` class."""
     class_: object = value
     if not (isinstance(value, type) and issubclass(value, AsyncSession)):
         wanted = "a subclass of sqlalchemy.ext.asyncio.AsyncSession"
@@ -119,13 +119,13 @@ def session_class_of(name: str, value: object) -> None:
 def require_fitting(
     class_: type[AsyncSession], sync_class: type[Session], engine: AsyncEngine, keywords: Mapping[str, Any]
 ) -> None:
-    """Raise ``ConfigurationError`` for arguments that make no session; nothing of the caller's is made."""
+    """Raise ``ConfigurationError`` for arguments that do not fit, without creating a caller's session."""
     known = inspect.signature(Session.__init__).parameters
     own = class_.__init__ is AsyncSession.__init__
     rest = {name: value for name, value in keywords.items() if name != "binds"}
     try:
         inspect.signature(class_.__init__).bind(None, engine, **keywords)
-        if own:  # what a caller's class hands on is its own affair
+        if own:  # a caller's class decides itself which arguments it passes on
             inspect.signature(sync_class.__init__).bind(None, bind=engine.sync_engine, **rest)
         AsyncSession(engine, **{name: value for name, value in keywords.items() if name in known})
     except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:

@@ -1,8 +1,8 @@
 """One outcome for units of several databases, by two-phase commit.
 
-One of the prepared transactions is the witness: it is prepared last and committed last, and its name says so.
-Where it is found after a crash, all had been prepared, and the rest can be committed; where it is not, either
-nothing had been committed, or everything.
+One of the prepared transactions is the witness: it is prepared last and committed last, and its name says
+so. If it is found after a crash, all were prepared, and the rest can be committed. If not, either nothing
+was committed, or everything.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _REOPEN: Final = "`async with atomic(...):`"
 
 
 def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None, None]:
-    """Open a unit of work of each database; all of them commit, or none.
+    """Open a unit of work on each database; all of them commit, or none.
 
-    Inside ``async with atomic(a, b):`` the sessions of ``a`` and ``b`` are the units'. Leaving the block
-    prepares all, then commits all; an error rolls all back. To commit one by hand raises
+    Inside ``async with atomic(a, b):`` the sessions of ``a`` and ``b`` belong to these units. Leaving the
+    block prepares all, then commits all; an error rolls all back. Committing one explicitly raises
     ``TransactionBegunError``. PostgreSQL (``max_prepared_transactions`` above 0) and MariaDB can take part.
 
-    Raises ``ConfigurationError`` for a wrong argument, ``SessionNotInitialisedError`` before there is an
-    engine. Leaving the block, ``InDoubtError`` where a connection broke so late that a prepared transaction
+    Raises ``ConfigurationError`` for a wrong argument, ``SessionNotInitialisedError`` before an engine is
+    bound. Leaving the block raises ``InDoubtError`` if a connection broke so late that a prepared transaction
     is left behind: ``python -m fastapi_async_sqlalchemy.recovery`` finishes it.
     """
     for one in databases:
@@ -91,7 +91,7 @@ def _scope(proxy: Handle[AsyncSession]) -> UnitScope[Any]:
 
 @define(eq=False, repr=False)
 class AtomicScope(OneUse):
-    """What ``atomic(...)`` returns: an async context manager around one unit of each database."""
+    """The result of ``atomic(...)``: an async context manager around one unit of each database."""
 
     scopes: list[UnitScope[Any]]
     transaction: str = Factory(lambda: uuid4().hex)
@@ -122,7 +122,7 @@ class AtomicScope(OneUse):
                 await stack.__aexit__(kind, error, trace)
 
     async def _end(self) -> None:
-        """Prepare and commit what was used; a unit that was given up takes the others along."""
+        """Prepare and commit the units in use; if one is rollback-only, roll all of them back."""
         for unit in self.units:
             hooks = unit._own_hooks()
             await _state(unit).idle()
@@ -148,7 +148,7 @@ class AtomicScope(OneUse):
         """Return the units in the order of both phases, with a witness that lasts at the end."""
         late = [unit for unit in self.units if _is_named_late(unit._database.engine)]
         witness = late[-1] if late else next(unit for unit, branch in self.units.items() if branch.witness)
-        if not late and not has_written(_watched(witness)):  # MariaDB forgets what is prepared and empty
+        if not late and not has_written(_watched(witness)):  # MariaDB forgets an empty prepared transaction
             await self._roll_back(used)
             raise UnexpectedRollbackError(witness._database.name, _NO_WITNESS, _REORDER)
         if late:
@@ -173,10 +173,10 @@ class AtomicScope(OneUse):
                     raise InDoubtError(self.transaction, [], names) from original
                 if left := await _undo(reversed(units[:at])):
                     raise InDoubtError(self.transaction, [], left) from original
-                raise original  # noqa: B904  # it is the error itself, or was hidden by it
+                raise original  # noqa: B904  # the error itself, or was hidden by it
         for at, unit in enumerate(units):
             state = _state(unit)
-            hooks, state.hooks = state.hooks, None  # they run when all have committed
+            hooks, state.hooks = state.hooks, None  # they run after all have committed
             try:
                 await unit.session.commit()
             except BaseException as error:  # the witness must outlast the others
@@ -202,19 +202,19 @@ def _is_named_late(engine: AsyncEngine) -> bool:
 
 
 def _take_name(state: SessionState, connection: Connection) -> None:
-    """Go on by the name by which MariaDB has begun the transaction."""
+    """Adopt the name under which MariaDB has begun the transaction."""
     transaction = connection.get_transaction()
     if XID in connection.info and isinstance(transaction, TwoPhaseTransaction):
         state.xid = transaction.xid = connection.info[XID]
 
 
 def _ask(session: Session) -> None:
-    """Flush, and see that the connection lives, while nothing is prepared; for ``run_sync()``."""
+    """Flush, and check the connection while nothing is prepared; for ``run_sync()``."""
     observed = cast("StatefulSession", session)
     observed.flush()
     if (
         observed._fastapi_async_sqlalchemy.ledger.failure is None
-    ):  # else PREPARE asks, and what the answer is makes no doubt
+    ):  # else PREPARE checks it, and its answer leaves no doubt
         observed.connection().execute(text("SELECT 1"))
 
 
@@ -228,10 +228,10 @@ def _only_read(units: Iterable[UnitOfWork[Any]]) -> bool:
 
 
 def _prepare(session: Session) -> None:
-    """Prepare a session's transaction, by the name that it has by now; for ``run_sync()``."""
+    """Prepare a session's transaction under its current name; for ``run_sync()``."""
     observed = cast("StatefulSession", session)
     while (savepoint := observed.get_nested_transaction()) is not None:
-        savepoint.commit()  # one that was left open, as COMMIT does
+        savepoint.commit()  # release open savepoints, as COMMIT does
     observed.flush()
     transaction = observed.connection().get_transaction()
     if isinstance(transaction, TwoPhaseTransaction):
@@ -240,7 +240,7 @@ def _prepare(session: Session) -> None:
 
 
 async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
-    """Roll back what is prepared; returns the databases where it is left behind."""
+    """Roll back prepared transactions; return the databases where one is left behind."""
     left = list[str]()
     for unit in units:
         try:
@@ -260,15 +260,15 @@ async def _leave_behind(units: Iterable[UnitOfWork[Any]]) -> None:
 
 
 def _original(error: BaseException) -> BaseException:
-    """Return what the database said; an early SQLAlchemy 2.0 hides it by an error of its own."""
+    """Return the database's error, which early versions of SQLAlchemy 2.0 hide behind their own."""
     hidden = error.__context__
     return hidden if isinstance(error, IllegalStateChangeError) and hidden is not None else error
 
 
 def _is_unknown(error: BaseException, engine: AsyncEngine) -> bool:
-    """Whether a statement may have been done all the same."""
+    """Whether a statement may have been executed despite its error."""
     if isinstance(error, DBAPIError):
         return error.connection_invalidated
-    # SQLAlchemy 2.0 passes some errors of asyncpg on as they are, when a connection has broken
+    # SQLAlchemy 2.0 passes some errors of asyncpg on unchanged, when a connection has broken
     is_driver_s = type(error).__module__.partition(".")[0] == engine.dialect.driver
     return is_driver_s or isinstance(error, OSError) or not isinstance(error, Exception)

@@ -22,19 +22,19 @@ _WITH_PORT: Final = re.compile(r"[^/]*:\d+")
 
 @frozen(order=True)
 class Branch:
-    """One database's part of an atomic transaction, as the name of its prepared transaction tells it."""
+    """One database's part of an atomic transaction, as encoded in the name of its prepared transaction."""
 
     witness: bool
     begun: int
     """Seconds since 1970."""
     transaction: str
     group: str
-    """What its databases have in common, and no others: see ``group_of``."""
+    """The digest shared by the transaction's databases, and by no others: see ``group_of``."""
     place: int
 
     @classmethod
     def parse(cls, name: str) -> Branch | None:
-        """Read a name; None for a transaction of somebody else's."""
+        """Parse a name; return None for a transaction that is not from this package."""
         found = _NAME.fullmatch(name)
         return (
             None if found is None else cls(found[5] == "w", int(found[1]), found[2], found[3], int(found[4]))
@@ -46,13 +46,13 @@ class Branch:
 
 
 def group_of(engines: Iterable[AsyncEngine]) -> str:
-    """Return a digest of where the databases are, since a server shows others' transactions, too."""
+    """Return a digest of the databases' addresses, since a server lists other groups' transactions, too."""
     addresses = sorted(address_of(engine.url) for engine in engines)
     return sha256("\n".join(addresses).encode()).hexdigest()[:8]
 
 
 def address_of(url: URL) -> str:
-    """Return where a database is, the same for a port that is named and for one that is left out."""
+    """Return a database's address, the same whether a default port is named or left out."""
     query = url.normalized_query
     default = _POSTGRESQL_PORT if url.get_backend_name() == "postgresql" else _MARIADB_PORT
     port = url.port or default

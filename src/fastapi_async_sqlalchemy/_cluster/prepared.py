@@ -1,4 +1,4 @@
-"""Transactions that a server holds prepared: their names, their ages by its clock, and their end."""
+"""Prepared transactions on a server: their names, their ages by its clock, and their end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 0)
-"""Seconds between looks at whether somebody else has finished what cannot be had."""
+"""Seconds between checks of whether another process has finished a transaction."""
 _PREPARED = text(
     "SELECT gid, extract(epoch FROM clock_timestamp() - prepared) FROM pg_prepared_xacts"
     " WHERE database = current_database()"
@@ -29,7 +29,7 @@ _PREPARED = text(
 
 @contextmanager
 def _naming(engine: AsyncEngine) -> Generator[None]:
-    """Let an error of the database tell which one it is of."""
+    """Add the name of the database to an error."""
     try:
         yield
     except Exception as error:
@@ -38,7 +38,10 @@ def _naming(engine: AsyncEngine) -> Generator[None]:
 
 
 async def prepared(engine: AsyncEngine, start: float = 0.0) -> dict[Branch, float]:
-    """Return what is prepared, with its age at a time of the event loop's, by the server's clock."""
+    """Return the prepared transactions with their ages at ``start``, by the server's clock.
+
+    ``start`` is a time of the event loop.
+    """
     with _naming(engine):
         async with engine.connect() as connection:
             since = asyncio.get_running_loop().time() - start
@@ -47,7 +50,7 @@ async def prepared(engine: AsyncEngine, start: float = 0.0) -> dict[Branch, floa
 
 
 async def _listed(connection: AsyncConnection) -> list[tuple[str, float]]:
-    """Return names and ages: since PREPARE on PostgreSQL, else since the beginning that the name says."""
+    """Return names and ages: since PREPARE on PostgreSQL, otherwise since the time in the name."""
     dialect = connection.dialect.name
     if dialect == "postgresql":
         return [(name, float(age)) for name, age in await connection.execute(_PREPARED)]
@@ -60,12 +63,12 @@ async def _listed(connection: AsyncConnection) -> list[tuple[str, float]]:
 
 
 def _decoded(name: bytes | str) -> str:
-    """Return the name of a transaction, which may be any bytes to MariaDB."""
+    """Return the name of a transaction; MariaDB accepts any bytes."""
     return name if isinstance(name, str) else name.decode(errors="replace")
 
 
 async def finish_prepared(engine: AsyncEngine, branch: Branch, *, committed: bool) -> bool:
-    """Commit or roll back; returns False where it is gone by now, since somebody else has finished it."""
+    """Commit or roll back; return False if another process has already finished the transaction."""
     verb = "COMMIT" if committed else "ROLLBACK"
     statement = (
         f"{verb} PREPARED '{branch}'" if engine.dialect.name == "postgresql" else f"XA {verb} '{branch}'"
@@ -74,7 +77,7 @@ async def finish_prepared(engine: AsyncEngine, branch: Branch, *, committed: boo
         try:
             async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
                 await connection.exec_driver_sql(statement)
-        except DBAPIError:  # MariaDB says the same of one that is gone, in work, or held by a connection
+        except DBAPIError:  # MariaDB's error is the same if it is finished, in work, or held by a connection
             for pause in _PAUSES:
                 if branch not in await prepared(engine):
                     return False

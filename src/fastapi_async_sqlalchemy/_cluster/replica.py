@@ -1,4 +1,4 @@
-"""Reading one's own writes from a replica: a position of the primary's log, and units that wait for it."""
+"""Reading one's own writes from a replica: log positions of the primary, and units that wait for them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 WalPosition = NewType("WalPosition", str)
-"""A place in PostgreSQL's write-ahead log, as ``pg_lsn`` writes it: text that fits a header or a cookie."""
+"""A position in PostgreSQL's write-ahead log, in the format of ``pg_lsn``; fits a header or a cookie."""
 
 _POSITION: Final = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")
-# The place of the next record, since a COMMIT that waits for no disk may not be written yet. Where a block or
-# a segment begins it lies behind the header, of 24 or 40 bytes, where no replay arrives before that record.
+# The position of the next record, since a COMMIT that waits for no disk may not be written yet. At the
+# beginning of a block or segment it lies behind the header of 24 or 40 bytes, a position that no replay
+# reaches before that record.
 _POSITION_SQL: Final = """
 SELECT CAST(next - CASE
     WHEN bytes % CAST(current_setting('wal_block_size') AS numeric) = 24 THEN 24
@@ -41,7 +42,7 @@ SELECT CAST(next - CASE
     ELSE 0 END AS text)
 FROM (SELECT next, next - '0/0' AS bytes FROM pg_current_wal_insert_lsn() AS next) AS here
 """
-# A server that was promoted replays no more: then what it has written itself counts.
+# A promoted server replays no more: then its own writes count.
 _REPLAYED_SQL: Final = """
 SELECT CAST(reached AS text), reached >= CAST(CAST(:position AS text) AS pg_lsn)
 FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END
@@ -49,15 +50,15 @@ FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg
 """
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.05
-"""Seconds between two questions; PostgreSQL tells nobody by itself how far it has replayed."""
+"""Seconds between two queries; PostgreSQL does not report its replay position unasked."""
 _TIMEOUT: Final = 1.0
-"""Seconds to wait where nothing else is said."""
+"""The default number of seconds to wait."""
 _GRACE: Final = 0.5
-"""Seconds more for a server that answers nothing, so that one that answers can tell how far it is."""
+"""Extra seconds for a server that does not answer, so that one that answers can report its position."""
 
 
 async def written_position(session: AsyncSession) -> WalPosition:
-    """Ask a primary how far its log goes: everything that is committed lies before that."""
+    """Return a primary's current log position; everything committed lies before it."""
     return WalPosition((await session.execute(text(_POSITION_SQL))).scalar_one())
 
 
@@ -70,16 +71,16 @@ def require_postgresql(name: str, engine: AsyncEngine) -> None:
 
 @define(eq=False)
 class Replay:
-    """Waits at the beginning of a transaction until the server has replayed a position: an on_begin hook."""
+    """An on_begin hook that waits until the server has replayed a position."""
 
     database: str
     position: WalPosition
     timeout: float
     asked: bool = False
-    """There is a connection, and the server was asked on it."""
+    """There is a connection, and the server was queried on it."""
 
     def __call__(self, connection: Connection) -> None:
-        """Wait, and leave the connection as it was: a snapshot that was taken before would be too old."""
+        """Wait, and roll the connection back each time: a snapshot taken before would be too old."""
         self.asked = True
         deadline = monotonic() + self.timeout
         pause = _FIRST_PAUSE
@@ -95,7 +96,7 @@ class Replay:
 
 
 def replay(database: str, engine: AsyncEngine, position: object, timeout: object) -> Replay:
-    """Check the arguments of a unit that waits."""
+    """Validate the arguments of a unit that waits."""
     if position is None:
         message = "timeout and fallback go with wait_for: give the position to wait for, or leave them out."
         raise ConfigurationError(message)
@@ -111,7 +112,7 @@ def replay(database: str, engine: AsyncEngine, position: object, timeout: object
 
 @define(eq=False, repr=False)
 class ReplicaScope(Generic[S_co]):
-    """What ``db(wait_for=...)`` returns: a unit on the replica once that is far enough, or on the primary."""
+    """The result of ``db(wait_for=...)``: a unit on the replica once it has caught up, or on the primary."""
 
     replica: UnitScope[S_co]
     wait: Replay

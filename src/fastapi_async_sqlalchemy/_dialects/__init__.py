@@ -1,1 +1,1 @@
-"""What databases and drivers do differently."""
+"""The differences between databases and drivers."""

@@ -1,4 +1,4 @@
-"""How the transactions of a unit begin: read-only, their isolation level, and the engine that sees to it."""
+"""The beginning of a unit's transactions: read-only, isolation level, and an engine that applies them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class TransactionSettings:
-    """What was asked of a unit's transactions; None is not asked."""
+    """The settings requested for a unit's transactions; None means not requested."""
 
     read_only: bool | None = None
     isolation_level: IsolationLevel | None = None
     deferrable: bool | None = None
     twophase: bool | None = None
-    """It is committed together with those of other databases."""
+    """The transaction is committed together with those of other databases."""
 
     def conflict(self, outer: TransactionSettings) -> str | None:
-        """Name the first setting that an open unit does not fulfil, with both values."""
+        """Return the first setting that an open unit does not meet, with both values."""
         given: dict[str, object] = asdict(outer)
         for name, wanted in asdict(self).items():
             has = given[name] or False if isinstance(wanted, bool) else given[name]
@@ -48,28 +48,28 @@ class TransactionSettings:
 
 PLAIN: Final = TransactionSettings()
 _SET_SESSION: Final = frozenset({"mysql", "mariadb"})
-"""Dialects whose isolation level SQLAlchemy changes and restores by a statement each."""
+"""Dialects for which SQLAlchemy changes and restores the isolation level by a statement each."""
 _RESTORE_LEVEL: Final = "fastapi_async_sqlalchemy.restore_level"
 _RESTORE_ACCESS: Final = "fastapi_async_sqlalchemy.restore_access"
 _ACCESS: Final = "fastapi_async_sqlalchemy.access"
 CLOCK: Final = text("SELECT @@timestamp")
-"""Asks MariaDB for its time in seconds since 1970, whatever the time zone."""
+"""The query for MariaDB's time in seconds since 1970, whatever the time zone."""
 XID: Final = "fastapi_async_sqlalchemy.xid"
-"""The name of the two-phase transaction that was begun last on a connection of MariaDB's."""
+"""The name of the last two-phase transaction begun on a connection to MariaDB."""
 _QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
 
 
 def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], str]) -> Engine:
     """Return an engine over the same pool whose transactions have the settings.
 
-    They are set with BEGIN, or before it; what outlasts the transaction is restored.
-    Raises ``ConfigurationError`` for what the database does not have.
+    They are set with BEGIN or before it; those that outlast the transaction are restored.
+    Raises ``ConfigurationError`` for settings that the database does not have.
     """
     dialect = engine.dialect
     derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
         derived.dialect = named = copy.copy(dialect)
-        named.create_xid = xid  # type: ignore[method-assign]  # of a copy that is our own
+        named.create_xid = xid  # type: ignore[method-assign]  # our own copy
         if dialect.driver == "psycopg":
             _name_late(named)
         elif dialect.name in _SET_SESSION:
@@ -88,9 +88,9 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
 
 
 def _name_late(dialect: Any) -> None:
-    """Have a copy of psycopg's dialect send the statements of a two-phase commit as asyncpg's does.
+    """Make a copy of psycopg's dialect send the statements of a two-phase commit as asyncpg's does.
 
-    Its own functions name a transaction when it begins, but the witness gets its name when it is prepared.
+    psycopg's functions name a transaction when it begins, but the witness gets its name when it is prepared.
     """
     for name in ("do_begin_twophase", "do_prepare_twophase"):
         setattr(dialect, name, partial(getattr(PGDialect, name), dialect))
@@ -99,7 +99,7 @@ def _name_late(dialect: Any) -> None:
 
 
 def _finish_prepared(finish: Callable[..., None], connection: Connection, xid: str, *prepared: bool) -> None:
-    """Finish a transaction; one that is prepared in autocommit, since psycopg would begin another before."""
+    """Finish a transaction, a prepared one in autocommit: otherwise psycopg would first begin another."""
     driver: Any = connection.connection.dbapi_connection
     if prepared[0]:
         driver.set_autocommit(True)
@@ -111,9 +111,9 @@ def _finish_prepared(finish: Callable[..., None], connection: Connection, xid: s
 
 
 def _date_by_server(dialect: Any) -> None:
-    """Have a copy of MariaDB's dialect put the server's time into the names of two-phase transactions.
+    """Make a copy of MariaDB's dialect put the server's time into the names of two-phase transactions.
 
-    XA RECOVER does not tell how old one is, and another machine must know.
+    XA RECOVER does not report a transaction's age, which another machine must know.
     """
     begin = dialect.do_begin_twophase
 
@@ -125,20 +125,20 @@ def _date_by_server(dialect: Any) -> None:
 
 
 def commits_by_itself(engine: AsyncEngine | Engine) -> bool:
-    """Whether an engine is in AUTOCOMMIT: what it sends is stored at once."""
+    """Whether an engine is in AUTOCOMMIT: its statements are stored immediately."""
     level = engine.dialect._on_connect_isolation_level  # there is no public name
     return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
 def require_read_only_twophase(engine: AsyncEngine) -> None:
-    """Raise ``ConfigurationError`` where a two-phase transaction cannot be read-only."""
+    """Raise ``ConfigurationError`` for a database whose two-phase transactions cannot be read-only."""
     if engine.dialect.name != "postgresql":
         message = "read_only cannot be enforced on two-phase transactions here: leave 'twophase' out."
         raise ConfigurationError(message)
 
 
 def _options_of(engine: Engine, settings: TransactionSettings) -> dict[str, object]:
-    """Return SQLAlchemy's execution options for settings; refuses what the database does not have."""
+    """Return SQLAlchemy's execution options for settings; refuse those that the database does not have."""
     options: dict[str, object] = {}
     dialect = engine.dialect
     if settings.twophase and dialect.name not in {"postgresql", *_SET_SESSION}:
@@ -169,10 +169,11 @@ def _options_of(engine: Engine, settings: TransactionSettings) -> dict[str, obje
 
 
 def _isolation_begin(level: IsolationLevel) -> Callable[..., None]:
-    """Return what gives a connection its level, when its transaction begins.
+    """Return a function that sets a connection's level when its transaction begins.
 
-    By SQLAlchemy's own option a level of the engine's would win; and where it is restored by a statement, as
-    on MariaDB, a connection that breaks then is lost to its pool, and its error seems to be COMMIT's.
+    With SQLAlchemy's own option a level of the engine's would win. Where that option is restored by a
+    statement, as on MariaDB, a connection that breaks then is lost to its pool, and the error looks like
+    COMMIT's.
     """
 
     def set_level(connection: Connection, *_: object) -> None:
@@ -185,7 +186,7 @@ def _isolation_begin(level: IsolationLevel) -> Callable[..., None]:
 
 
 def _restore_level(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    """Give a connection that goes back to the pool the engine's own level again."""
+    """Restore the engine's own level on a connection that returns to the pool."""
     restore = record.info.pop(_RESTORE_LEVEL, None)
     if restore is not None and not state.terminate_only:
         driver.rollback()  # the dialect ends a change of level by COMMIT
@@ -193,9 +194,9 @@ def _restore_level(driver: DBAPIConnection, record: ConnectionPoolEntry, state: 
 
 
 def _begin(connection: Connection, cursor: DBAPICursor, statement: str, *_: object) -> None:
-    """Begin the transaction that Python's driver puts off until the first write: what is read counts, too.
+    """Begin the transaction that Python's driver delays until the first write: reads count, too.
 
-    Where the first statement is sent, so that an engine or a hook that begins by itself comes before.
+    This runs at the first statement, after any BEGIN of an engine or a hook.
     """
     driver = connection.connection.driver_connection
     if driver is not None and not driver.in_transaction and statement[:5].upper() != "BEGIN":
@@ -203,7 +204,7 @@ def _begin(connection: Connection, cursor: DBAPICursor, statement: str, *_: obje
 
 
 def _read_only(dialect: str) -> tuple[Callable[[Connection], None], Callable[..., None]]:
-    """Return what makes a connection read-only, and what undoes that when it goes back to the pool."""
+    """Return functions that make a connection read-only, and undo that when it returns to the pool."""
     if dialect == "sqlite":
         return _query_only, _reset_query_only
     if dialect in _SET_SESSION:
@@ -213,7 +214,7 @@ def _read_only(dialect: str) -> tuple[Callable[[Connection], None], Callable[...
 
 
 def _session_read_only(connection: Connection) -> None:
-    """Have all transactions read-only: one that was begun so would be ended by CREATE, DROP or TRUNCATE."""
+    """Make all transactions read-only: CREATE, DROP or TRUNCATE would end a single read-only one."""
     if _ACCESS not in connection.info:
         shown = connection.exec_driver_sql(
             "SHOW VARIABLES WHERE variable_name IN ('tx_read_only', 'transaction_read_only')"
@@ -224,7 +225,7 @@ def _session_read_only(connection: Connection) -> None:
 
 
 def _restore_access(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    """Let a connection that goes back to the pool write again, if it could before."""
+    """Restore write access on a connection that returns to the pool, if it had it before."""
     if record.info.pop(_RESTORE_ACCESS, False) and not state.terminate_only:
         cursor = driver.cursor()
         cursor.execute(f"SET SESSION TRANSACTION {record.info[_ACCESS]}")
@@ -237,7 +238,7 @@ def _query_only(connection: Connection) -> None:
 
 
 def _reset_query_only(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    """Let a connection that goes back to the pool write again."""
+    """Restore write access on a connection that returns to the pool."""
     if record.info.pop(_QUERY_ONLY, False) and not state.terminate_only:
         cursor = driver.cursor()
         cursor.execute("PRAGMA query_only = OFF")

@@ -1,4 +1,4 @@
-"""What a database's errors mean."""
+"""The meaning of a database's errors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _SQLITE_BUSY: Final = 5
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether the database refused work only because of other work at the same time.
+    """Whether the database refused work only because of concurrent work.
 
-    Its transaction has been rolled back then, or will be, and may succeed when it is done again.
+    Its transaction has been rolled back, or will be, and may succeed when it is repeated.
     """
     if isinstance(error, UnexpectedRollbackError):
         return isinstance(error.__cause__, Exception) and is_conflict(error.__cause__)
@@ -36,7 +36,7 @@ def is_conflict(error: Exception) -> bool:
     if driver is None:
         return False
     if driver.args[:1] == (_SAVEPOINT_LOST,) and isinstance(driver.__context__, Exception):
-        return is_conflict(driver.__context__)  # it has rolled the savepoint's transaction back
+        return is_conflict(driver.__context__)  # the deadlock has rolled the savepoint's transaction back
     state = getattr(driver, "sqlstate", None)
     code: object = driver.args[0] if driver.args else None
     busy = getattr(driver, "sqlite_errorcode", None)
@@ -55,9 +55,9 @@ _BEGUN: Final = "fastapi_async_sqlalchemy.begun"
 
 
 def begin_in_time(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
-    """Begin the transaction that Python's driver for SQLite puts off where it sees no write.
+    """Begin the transaction that Python's SQLite driver delays because it sees no write.
 
-    Without one RELEASE would be a COMMIT, and what a ``WITH`` writes would be stored at once.
+    Without it, RELEASE would be a COMMIT, and the writes of a ``WITH`` would be stored immediately.
     """
     if connection.dialect.name != "sqlite":
         return
@@ -84,7 +84,7 @@ def is_transaction_lost(context: ExceptionContext) -> bool:
 
 
 def _timeout_rolls_back(connection: Connection) -> bool:
-    """Ask MariaDB what a lock that was waited for in vain undoes: the statement alone, or all."""
+    """Ask MariaDB whether a lock timeout undoes the statement alone, or the whole transaction."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute("SELECT @@innodb_rollback_on_timeout")

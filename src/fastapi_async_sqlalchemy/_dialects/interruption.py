@@ -1,4 +1,4 @@
-"""Statements that a task is in the middle of: how each driver waits for one, or ends it."""
+"""Statements in progress: how each driver waits for one, or ends it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 from typing import Any, Final
 
 _PATIENCE: Final = 2.0
-"""Seconds for PostgreSQL to cancel a statement, as SQLAlchemy gives it with asyncpg."""
+"""Seconds for PostgreSQL to cancel a statement, as SQLAlchemy allows it with asyncpg."""
 
 
 async def statement_end(connection: Any) -> None:
@@ -25,10 +25,11 @@ def may_be_in_use(connection: Any) -> bool:
 
 
 async def end_statement(connection: Any) -> bool:
-    """End the statement under way; returns whether the connection goes on: else closing it ends that.
+    """End the statement in progress; return True if the connection goes on, False if it must be closed.
 
-    SQLite's drivers do not go on before their statement ends, and one closed under it keeps the file locked.
-    psycopg crashes the process when it is closed under a statement, so that this must have ended before.
+    SQLite's drivers do not go on before their statement ends, and a connection closed during a statement
+    keeps the file locked. psycopg crashes the process when it is closed during a statement, so the statement
+    must have ended before.
     """
     driver = connection.driver_connection
     if hasattr(driver, "interrupt"):
@@ -40,13 +41,13 @@ async def end_statement(connection: Any) -> bool:
 
 
 async def _cancel(driver: Any) -> None:
-    """Have the server cancel psycopg's statement, or cut the connection, and wait for the statement's end."""
+    """Make the server cancel psycopg's statement, or cut the connection; wait for the statement's end."""
     try:
         async with asyncio.timeout(_PATIENCE):
             await driver.cancel_safe(timeout=_PATIENCE)
             async with driver.lock:
                 return
-    except Exception:  # noqa: BLE001  # whatever it is, the server does not answer
+    except Exception:  # noqa: BLE001  # any error: the server does not answer
         with socket.fromfd(driver.fileno(), socket.AF_INET, socket.SOCK_STREAM) as connected:
             connected.shutdown(socket.SHUT_RDWR)
     async with driver.lock:
@@ -54,9 +55,9 @@ async def _cancel(driver: Any) -> None:
 
 
 def _lock_of(connection: Any) -> asyncio.Lock | None:
-    """Return what a statement holds: psycopg's own lock, or that of SQLAlchemy's adapter.
+    """Return the lock that a statement holds: psycopg's own, or that of SQLAlchemy's adapter.
 
-    aiosqlite's had none before SQLAlchemy 2.0.38: there all waits for the statement in the driver's thread.
+    aiosqlite's adapter had none before SQLAlchemy 2.0.38: there all calls wait in the driver's thread.
     """
     driver = connection.driver_connection
     lock: asyncio.Lock | None = getattr(driver, "lock", None) or getattr(connection, "_execute_mutex", None)

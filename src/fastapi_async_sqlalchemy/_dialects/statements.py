@@ -1,4 +1,4 @@
-"""What the text of a statement says of it: its verb, and whether it only reads."""
+"""Facts from the text of a statement: its verb, and whether it only reads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ READS: Final = frozenset(
 )
 """Verbs of statements that leave nothing to commit."""
 UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
-"""Dialects whose connections forget the rows that a stream has left when another statement is sent."""
+"""Dialects whose connections lose a stream's remaining rows when another statement is sent."""
 _COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
 _PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
-"""What COMMIT sends where a transaction takes part in a two-phase commit."""
+"""The statements sent by a COMMIT that takes part in a two-phase commit."""
 _VERB: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
 _WRITING_CTE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE\s+INTO)\b", re.IGNORECASE)
 
@@ -25,16 +25,16 @@ def verb_of(statement: str) -> str:
 
 
 def has_writing_part(statement: str) -> bool:
-    """Whether a ``WITH`` may write: a word in a text that it quotes counts, too."""
+    """Whether a ``WITH`` may write: a word in quoted text counts, too."""
     return _WRITING_CTE.search(statement) is not None
 
 
 def decides(statement: str, xid: str) -> bool:
-    """Whether it decides the transaction of that name: to prepare does so for the witness alone."""
+    """Whether a statement decides the transaction ``xid``: PREPARE does so only for the witness."""
     return statement.startswith(_COMMITS) or (xid.endswith("w") and statement.startswith(_PREPARES))
 
 
 def dated(xid: str, seconds: int) -> str:
-    """Return the name of the transaction as it is when it begins at that time, in seconds since 1970."""
+    """Return the name of a transaction that begins at that time, in seconds since 1970."""
     kind, _, rest = xid.split("_", 2)
     return f"{kind}_{seconds}_{rest}"

@@ -1,1 +1,1 @@
-"""The user's session, watched."""
+"""The watched subclass of the user's session."""

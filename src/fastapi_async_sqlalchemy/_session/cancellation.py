@@ -1,4 +1,4 @@
-"""Clean-ups that go through any cancellation."""
+"""Clean-ups that survive any cancellation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:
-    """Run a clean-up in a task of its own and wait for its end, through any cancellation.
+    """Run a clean-up in a separate task and wait for its end, through any cancellation.
 
     A cancellation that arrives meanwhile is raised at the end.
     """
@@ -27,14 +27,14 @@ async def to_completion(cleanup: Coroutine[Any, Any, None]) -> None:
         try:
             raise cancelled
         finally:
-            cancelled = None  # else this frame and the error would hold each other, and a cursor of SQLite's
+            cancelled = None  # else this frame and the error would keep each other and a SQLite cursor alive
 
 
 def clear_frames(error: BaseException | None) -> None:
-    """Have the frames that a cancellation has left drop what they hold.
+    """Make the frames of a cancellation drop their local variables.
 
-    SQLAlchemy's refer to each other until they are collected, and to a cursor, by which SQLite keeps a lock
-    on its file for as long.
+    SQLAlchemy's frames refer to each other until they are collected. They also refer to a cursor, through
+    which SQLite keeps a lock on its file for as long.
     """
     if isinstance(error, asyncio.CancelledError):
         traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The connection pool of one database: what it says of itself, deadlines, and the warning when it fills."""
+"""The connection pool of one database: its status, its deadlines, and limits on concurrent connections."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ T = TypeVar("T")
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 Route: TypeAlias = "Callable[[Engine | Connection], Engine | Connection]"
-"""From the engine that a session chose to the one that it uses."""
+"""A function from the engine that a session chose to the engine that it uses."""
 
 
 def pool_status(pool: Pool) -> PoolStatus:
-    """Ask a pool; only a queue counts its connections."""
+    """Return the status of a pool; only a ``QueuePool`` counts its connections."""
     if not isinstance(pool, QueuePool):
         return PoolStatus(pool_class=type(pool).__name__)
     overflow = pool._max_overflow  # there is no public name
@@ -57,17 +57,17 @@ def pool_status(pool: Pool) -> PoolStatus:
 
 @define(eq=False, repr=False)
 class Places:
-    """Lets only so many sessions of a block hold a connection at a time; the others wait in order."""
+    """A limit on how many sessions of a block hold a connection at a time; the others wait in order."""
 
     limit: int
     awaited: Mapping[asyncio.Task[Any], asyncio.Task[Any]]
-    """The task that waits for the end of another one, by that one."""
+    """For each task, the task that waits for its end."""
     _holders: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
     _waiting: dict[asyncio.Future[None], Checkout] = Factory(dict["asyncio.Future[None]", "Checkout"])
     _tasks: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
 
     async def take(self, checkout: Checkout) -> None:
-        """Wait for a place; raises ``PropagationError`` where all are held by tasks that wait for it."""
+        """Wait for a place; raise ``PropagationError`` if every holder waits for this one."""
         task = asyncio.current_task()
         if len(self._holders) < self.limit:
             self._holders[checkout] = task
@@ -78,7 +78,7 @@ class Places:
         try:
             await granted
         except BaseException:
-            if checkout in self._holders:  # granted, and cancelled at the same time
+            if checkout in self._holders:  # granted and cancelled at the same time
                 self.give_back(checkout)
             raise
         finally:
@@ -86,7 +86,7 @@ class Places:
             del self._tasks[checkout]
 
     def give_back(self, checkout: Checkout) -> None:
-        """Let the next session have the place."""
+        """Pass the place to the next session."""
         del self._holders[checkout]
         for granted, following in self._waiting.items():
             if not granted.done():
@@ -111,32 +111,32 @@ class Places:
 
 @frozen(kw_only=True, eq=False)
 class Limits:
-    """In how many seconds a session must have its connection, and with how many others at a time."""
+    """A session's deadline for its connection, and the limit on concurrent ones."""
 
     timeout: float | None
-    """None is the pool's own."""
+    """None means the pool's own timeout."""
     places: Places | None
     _engines: dict[Engine, Engine] = Factory(dict[Engine, Engine])
 
     @property
     def max_concurrent(self) -> int | None:
-        """How many units may have a connection at a time."""
+        """How many units may hold a connection at a time."""
         return None if self.places is None else self.places.limit
 
     def route_after(self, before: Route | None, shared: Shared) -> Route:
-        """Return a route that goes on from another one to engines within the limits."""
+        """Return a route that continues another one to engines within the limits."""
         if before is None:
             return partial(self._route, shared)
         return lambda bind: self._route(shared, before(bind))
 
     def _route(self, shared: Shared, bind: Engine | Connection) -> Engine | Connection:
-        """Return an engine over the same pool, whose connections come within the limits."""
+        """Return an engine over the same pool whose connections respect the limits."""
         if not isinstance(bind, Engine):
-            return bind  # it is connected already
+            return bind  # it is already connected
         limited = self._engines.get(bind)
         if limited is None:
             self._engines[bind] = limited = bind.execution_options()
-            limited.connect = partial(_connect, shared, ref(limited))  # type: ignore[method-assign]  # it is our own
+            limited.connect = partial(_connect, shared, ref(limited))  # type: ignore[method-assign]  # ours
             shared.listen(bind)
             shared.loops.engines.add(limited)
         return limited
@@ -151,7 +151,7 @@ def _connect(shared: Shared, engine: ref[Engine]) -> Connection:
 def limits_of(
     name: str, timeout: object, max_concurrent: object, shared: Shared, outer: Limits | None = None
 ) -> Limits | None:
-    """Validate limits. Anything not given is inherited from the enclosing unit."""
+    """Validate the limits. Anything not given is inherited from the enclosing unit."""
     seconds = optional_seconds(name, timeout)
     limit = optional_count("max_concurrent", max_concurrent)
     if seconds is None and limit is None:
@@ -164,9 +164,9 @@ def limits_of(
 
 @define(eq=False, repr=False)
 class Checkout:
-    """How one session comes to its connections, within limits.
+    """The checkout of one session's connections, within limits.
 
-    The place among the others is taken before the connection and given back with it.
+    The place among concurrent sessions is taken before the connection and given back with it.
     """
 
     database: str
@@ -194,7 +194,7 @@ class Checkout:
         engine: Engine,
         remedy: Callable[[PoolStatus], str],
     ) -> T:
-        """Wait for one thing in time; called inside SQLAlchemy's greenlet."""
+        """Await one coroutine in time; called inside SQLAlchemy's greenlet."""
         deadline = asyncio.timeout(timeout)
 
         async def within() -> T:
@@ -205,7 +205,7 @@ class Checkout:
             return await_only(within())
         except TimeoutError as error:
             if timeout is None or not deadline.expired():
-                raise  # a driver's own
+                raise  # the driver's own timeout
             status = pool_status(engine.pool)
             raise PoolTimeoutError(self.database, timeout, status, remedy(status)) from error
 
@@ -231,5 +231,5 @@ _BUSY: Final = "hold connections for a shorter time, or give engine_args a large
 
 
 def remedy_for(outer_holds: Callable[[], bool] | None) -> str:
-    """Return what to do about a pool whose connections are all in use."""
+    """Return the remedy for a pool whose connections are all in use."""
     return _NESTED if outer_holds is not None and outer_holds() else _BUSY

@@ -1,4 +1,4 @@
-"""The end of a session, also when a task is in the middle of a statement on it."""
+"""The end of a session, even while a task is in the middle of a statement on it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def release(session: Session) -> None:
-    """Give the connection of a transaction that only read back; for ``run_sync()``.
+    """Release the connection of a transaction that only read; for ``run_sync()``.
 
-    Unlike ``rollback()`` this expires nothing, and it is no outcome to the hooks.
+    Unlike ``rollback()`` this expires nothing, and hooks do not count it as an outcome.
     """
     watched = cast("StatefulSession", session)
     take_turn(watched, "release", _release, watched)
@@ -43,9 +43,9 @@ def _release(session: StatefulSession) -> None:
 
 
 def end(session: StatefulSession) -> None:
-    """Close for good; sends nothing where no transaction is open.
+    """Close the session for good; nothing is sent if no transaction is open.
 
-    SQLAlchemy takes as long for it as for making a session, so that one which holds nothing is spared it.
+    SQLAlchemy's ``close()`` costs as much as creating a session, so it is skipped for an empty one.
     """
     state = session._fastapi_async_sqlalchemy
     state.closed = True
@@ -56,18 +56,18 @@ def end(session: StatefulSession) -> None:
 
 
 def resume(session: StatefulSession) -> None:
-    """Begin the next transaction, if others have changed objects while the last one was committed."""
+    """Begin the next transaction if other tasks changed objects while the last one was committed."""
     if not session.in_transaction() and pending(session):
         Session.begin(session)
 
 
 async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None:
-    """End a session under a task that is in the middle of an operation on it.
+    """End a session while another task is in the middle of an operation on it.
 
-    The connection is discarded, so that the task's statement fails and no other request inherits it. Where
+    The connection is discarded, so that the task's statement fails and no other request inherits it. If
     the driver can interrupt a statement, that is enough. In the middle of COMMIT or of a checkout
-    SQLAlchemy refuses: then the operation closes the session when it ends. COMMIT is waited for; a
-    checkout holds no connection yet.
+    SQLAlchemy refuses to discard it, and the operation closes the session at its own end. COMMIT is waited
+    for; a checkout is not, as it holds no connection yet.
     """
     state = session._fastapi_async_sqlalchemy
     state.closed = True
@@ -85,7 +85,7 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
 
 
 def _connection_at_hand(session: Session) -> DBAPIConnection | None:
-    """Return the connection of a session that is in the middle of a statement, else None."""
+    """Return the connection of a session that is in the middle of a statement, otherwise None."""
     if not session.in_transaction():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a unit's owner wants done around its transactions: hooks, and a mark that forbids COMMIT."""
+"""Hooks around a unit's transactions, and marks that forbid COMMIT."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 Hook: TypeAlias = Callable[[], Awaitable[object] | object]
-"""What runs around an outcome: a function or a coroutine function without arguments."""
+"""A hook for an outcome: a function or a coroutine function without arguments."""
 BeginHook: TypeAlias = Callable[[Connection], object]
-"""What runs where a transaction begins: a plain function of SQLAlchemy's synchronous connection."""
+"""A hook for the beginning of a transaction: a plain function of SQLAlchemy's synchronous connection."""
 
 ROLLBACK_ONLY: Final = "set_rollback_only() was called"
 JOINED: Final = "a block that had joined it failed"
@@ -32,7 +32,7 @@ _HOOK_FAILED: Final = "a before_commit hook failed"
 
 @define(eq=False, repr=False, kw_only=True)
 class Registered:
-    """Something that shares the fate of the savepoint in which it was registered."""
+    """A registration that is undone with the savepoint in which it was made."""
 
     undone: bool = False
     """Its savepoint was rolled back."""
@@ -40,7 +40,7 @@ class Registered:
 
 @define(eq=False, repr=False, kw_only=True)
 class RegisteredHook(Registered):
-    """A hook, and the outcome it waits for."""
+    """A hook, and the outcome that it waits for."""
 
     run: Hook
     on_commit: bool
@@ -48,7 +48,7 @@ class RegisteredHook(Registered):
 
 @define(eq=False, repr=False, kw_only=True)
 class RollbackMark(Registered):
-    """Why the transaction can only be rolled back."""
+    """The reason why the transaction can only be rolled back."""
 
     reason: str
     cause: BaseException | None
@@ -56,7 +56,7 @@ class RollbackMark(Registered):
 
 @define(eq=False, repr=False)
 class Hooks:
-    """The hooks of one unit; made when the first one is registered."""
+    """The hooks of one unit; created when the first one is registered."""
 
     database: str
     after: list[RegisteredHook] = Factory(list[RegisteredHook])
@@ -64,23 +64,23 @@ class Hooks:
     begin: list[BeginHook] = Factory(list[BeginHook])
     marks: list[RollbackMark] = Factory(list[RollbackMark])
     due: list[RegisteredHook] = Factory(list[RegisteredHook])
-    """What an outcome that is known has still to run: a cancellation may have come with a COMMIT."""
+    """The hooks still to run for a known outcome: a cancellation may arrive together with a COMMIT."""
     inside: dict[SessionTransaction, list[Registered]] = Factory(
         dict["SessionTransaction", "list[Registered]"]
     )
-    """What was registered inside each open savepoint."""
+    """The registrations made inside each open savepoint."""
     atomic: bool = False
     """The transaction is committed together with those of other databases."""
 
     @property
     def mark(self) -> RollbackMark | None:
-        """What forbids COMMIT, if anything does; the owner's own word comes before a failure."""
+        """The mark that forbids COMMIT, if any; ``set_rollback_only()`` takes precedence over a failure."""
         marks = [mark for mark in self.marks if not mark.undone]
         return next((mark for mark in marks if mark.reason is ROLLBACK_ONLY), marks[0] if marks else None)
 
     @property
     def rollback_only(self) -> bool:
-        """Whether the owner has given the transaction up, which is no surprise to anybody."""
+        """Whether the owner has set rollback-only, so that a rollback is expected."""
         return self.mark is not None and self.mark.reason is ROLLBACK_ONLY
 
     def refuse_commit(self) -> None:
@@ -92,16 +92,16 @@ class Hooks:
             raise UnexpectedRollbackError(self.database, self.mark.reason) from self.mark.cause
 
     def begun(self, connection: Connection) -> None:
-        """Run what belongs before the first statement of a transaction, or leave nothing to run it on."""
+        """Run the hooks before a transaction's first statement; discard the connection if one fails."""
         try:
             for hook in self.begin:
                 _begin_by(hook, connection)
         except BaseException:
-            connection.invalidate()  # no statement may follow that counts on the hook
+            connection.invalidate()  # no statement that relies on the hook may follow
             raise
 
     async def before_commit(self) -> None:
-        """Run what belongs into the transaction that is about to be committed; an error stops COMMIT."""
+        """Run the hooks inside the transaction that is about to be committed; an error stops COMMIT."""
         while self.before:
             hook = self.before.popleft()
             if hook.undone:
@@ -115,15 +115,15 @@ class Hooks:
                 raise
 
     def decide(self, *, committed: bool) -> None:
-        """Part the hooks of an outcome from those that are registered from now on; it lifts the mark."""
-        # the hook of a savepoint that was rolled back saw a rollback, whatever became of the rest
+        """Separate an outcome's hooks from those registered from now on; lift the marks."""
+        # for the hook of a savepoint that was rolled back the outcome is a rollback, whatever the rest is
         self.due += [hook for hook in self.after if hook.on_commit == (committed and not hook.undone)]
         self.drop()
 
     async def settled(self, *, committed: bool) -> None:
         """Run the hooks of an outcome, each isolated from the others.
 
-        A cancellation ends the hook that it arrives in, and goes on when the others have run.
+        A cancellation ends the hook that it arrives in, and is raised again after the others have run.
         """
         self.decide(committed=committed)
         hooks, self.due = self.due, []
@@ -151,7 +151,7 @@ class Hooks:
         self.after, self.before, self.marks, self.inside = [], deque(), [], {}
 
     def follow_savepoint(self, transaction: SessionTransaction, *, kept: bool) -> None:
-        """Hand what was registered in a savepoint on to what is around it, or drop it."""
+        """Pass a savepoint's registrations to the enclosing savepoint, or mark them as undone."""
         registered = self.inside.pop(transaction, None)
         if registered is None:
             return
@@ -162,7 +162,7 @@ class Hooks:
             self.inside.setdefault(transaction.parent, []).extend(registered)
 
     def share_fate(self, registered: Registered, savepoint: SessionTransaction | None) -> None:
-        """Undo what is registered with the savepoint that is current, if one is."""
+        """Undo a registration together with the current savepoint, if there is one."""
         if savepoint is not None:
             self.inside.setdefault(savepoint, []).append(registered)
 

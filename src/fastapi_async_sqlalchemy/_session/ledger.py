@@ -1,4 +1,4 @@
-"""What one transaction has done, as far as its end depends on it."""
+"""The record of one transaction, as far as its end depends on it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @define(eq=False, repr=False)
 class SavepointEntry:
-    """A SAVEPOINT that was sent, and what the ledger said before it."""
+    """A SAVEPOINT that was sent, and the state of the ledger before it."""
 
     name: str
     written: int
     failure: BaseException | None
     owner: SessionTransaction | None = None
-    """The block of the session's that sent it; None for one of the caller's own SQL."""
+    """The session's block that sent it; None for one in the caller's own SQL."""
 
 
 @define(eq=False, repr=False)
@@ -31,7 +31,7 @@ class Ledger:
     """The record of one transaction; the next one begins with a new ledger."""
 
     written: int = 0
-    """Statements other than reads."""
+    """The number of statements other than reads."""
     failure: BaseException | None = None
     """A statement's error that no savepoint has undone."""
     failed_on: tuple[Connection, ...] = ()
@@ -39,23 +39,23 @@ class Ledger:
     begun: bool = False
     """User code began the transaction explicitly, and ends it."""
     lost: bool = False
-    """The database has rolled the transaction back by itself."""
+    """The database has rolled the transaction back without being asked."""
     unknown: bool = False
     """The connection broke, or the task was cancelled, while COMMIT was under way."""
     savepoints: list[SavepointEntry] = Factory(list[SavepointEntry])
     originals: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] = Factory(
         WeakKeyDictionary["InstanceState[Any]", "dict[str, Any]"]
     )
-    """What attributes held before the transaction changed them, by object."""
+    """The values of attributes before the transaction changed them, by object."""
 
     def note_statement(self, statement: str, verb: str) -> None:
-        """Count a statement that is about to be sent and may leave something to commit."""
+        """Record a statement that is about to be sent and may leave something to commit."""
         if verb == "SAVEPOINT":
             name = statement.rsplit(maxsplit=1)[-1]
             self.savepoints.append(SavepointEntry(name, self.written, self.failure))
         elif verb == "RELEASE":
             self._end_savepoint(statement)
-        elif verb == "ROLLBACK":  # TO SAVEPOINT: what came after it no longer counts
+        elif verb == "ROLLBACK":  # ROLLBACK TO SAVEPOINT: later statements no longer count
             entry = self._end_savepoint(statement)
             if entry is not None:
                 self.savepoints.append(entry)  # it may be rolled back to again
@@ -64,7 +64,7 @@ class Ledger:
             self.written += 1
 
     def _end_savepoint(self, statement: str) -> SavepointEntry | None:
-        """Remove the last savepoint of the name that a statement ends with, and those inside of it."""
+        """Remove the last savepoint with the name at a statement's end, and those inside it."""
         name = statement.rsplit(maxsplit=1)[-1]
         for at in range(len(self.savepoints) - 1, -1, -1):
             entry = self.savepoints[at]
@@ -74,12 +74,12 @@ class Ledger:
         return None
 
     def name_owner(self, transaction: SessionTransaction) -> None:
-        """Record which block of the session's has sent the last SAVEPOINT."""
+        """Record which of the session's blocks has sent the last SAVEPOINT."""
         if self.savepoints:
             self.savepoints[-1].owner = transaction
 
     def end_block(self, transaction: SessionTransaction) -> None:
-        """Forget the savepoints of a block of the session's that has ended, and those inside of it."""
+        """Forget the savepoints of a session's block that has ended, and those inside it."""
         owned = next((at for at, one in enumerate(self.savepoints) if one.owner is transaction), None)
         if owned is not None:
             del self.savepoints[owned:]
@@ -87,12 +87,12 @@ class Ledger:
     def note_error(
         self, context: ExceptionContext, statement: str | None, *, committing: bool, xid: str
     ) -> bool:
-        """Record an error; returns whether it has left the outcome of COMMIT unknown.
+        """Record an error; return whether it leaves the outcome of COMMIT unknown.
 
-        ``statement`` is None where COMMIT, ROLLBACK or the like failed, ``xid`` the name of a transaction
+        ``statement`` is None if COMMIT, ROLLBACK or the like failed. ``xid`` is the name of a transaction
         that takes part in a two-phase commit.
         """
-        # an error that is not the database's own does not say what became of a COMMIT
+        # an error that is not the database's own does not reveal the outcome of a COMMIT
         cut = context.is_disconnect or context.sqlalchemy_exception is None
         # a driver refuses COMMIT while another task uses the connection, and would refuse ROLLBACK, too
         unsent = not cut and isinstance(context.sqlalchemy_exception, InterfaceError)
@@ -109,9 +109,9 @@ class Ledger:
         return False
 
     def forgive(self) -> None:
-        """Forget errors after which every connection has answered."""
+        """Forget the errors, after every connection has answered."""
         self.failure, self.failed_on = None, ()
 
 
 BLANK: Final = Ledger()
-"""The ledger of every transaction that has only read; never written into."""
+"""The ledger of every transaction that has only read; never written to."""

@@ -1,4 +1,4 @@
-"""One event loop at a time, and one process: a pair's engines serve the loop that uses them now."""
+"""One event loop and one process at a time: a pair's engines serve the loop that uses them now."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _OWN_LOOP: Final = (
 
 @define(eq=False)
 class Loops:
-    """The event loop that uses a pair's engines; another one takes over when that has ended."""
+    """The event loop that uses a pair's engines; another one takes over after it has ended."""
 
     current: asyncio.AbstractEventLoop | None = None
     engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
     _inherited: list[Pool] = Factory(list["Pool"])
-    """Pools of a parent process: kept, since some drivers would close their connections when collected."""
+    """A parent process's pools; kept, because some drivers close connections when collected."""
 
     def follow(self, engine: Engine) -> None:
-        """Watch an engine: which loops its connections belong to, and whether its process forks."""
+        """Watch an engine for a change of event loop, and for a fork of its process."""
         if not self.engines and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
         self.engines.add(engine)
         serve_any_loop(engine)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let the loop in which an engine is bound use it."""
+        """Record the loop that uses the engines, and drop connections bound to a loop that was closed."""
         if self.current is not None and self.current.is_closed():
             for engine in self.engines:
                 if is_loop_bound(engine):
@@ -49,14 +49,14 @@ class Loops:
         self.current = loop
 
     def take_over(self, loop: asyncio.AbstractEventLoop, database: str, attempt: str) -> None:
-        """Let a loop use the engines, or refuse it while one runs that their connections belong to."""
+        """Switch the engines to a loop; refuse while another loop runs that their connections belong to."""
         if self.current is None or not self.current.is_running():
             self.bind(loop)
         elif any(is_loop_bound(engine) for engine in self.engines):
             raise ConcurrentUseError(database, attempt, _REFUSED, _OWN_LOOP)
 
     def forget_in_child(self) -> None:
-        """Leave a parent process its connections."""
+        """Leave the connections to the parent process."""
         self.current = None
         self._inherited += [forget_connections(engine) for engine in self.engines]
 

@@ -1,4 +1,4 @@
-"""The end of each transaction, as SQLAlchemy's own events report it; and whether it may be a COMMIT."""
+"""The end of each transaction, as reported by SQLAlchemy's own events, and the check before a COMMIT."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def follow(session_class: type[StatefulSession]) -> None:
     """Follow the transactions of a class of sessions, however they end."""
     event.listen(session_class, "after_begin", _after_begin)
     event.listen(session_class, "before_commit", _before_commit)
-    event.listen(session_class, "after_commit", _after_commit, insert=True)  # before a listener that may fail
+    event.listen(session_class, "after_commit", _after_commit, insert=True)  # before listeners that may fail
     event.listen(session_class, "after_flush", note_flushed)
     event.listen(session_class, "after_transaction_end", _after_transaction_end)
 
 
 def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> None:
-    """Decide the hooks: whatever cuts the end of the transaction short, it will not be committed."""
+    """Decide the hooks for a rollback: even if the end is cut short, the transaction is not committed."""
     state = session._fastapi_async_sqlalchemy
     state.committing = False
     state.end_exposed()
@@ -61,7 +61,7 @@ def _after_begin(session: StatefulSession, transaction: SessionTransaction, conn
     if transaction.nested:
         state.ledger.name_owner(transaction)
     elif state.hooks is not None and state.hooks.begin:
-        shared.connections[connection] = ref(session)  # a hook may hand it on
+        shared.connections[connection] = ref(session)  # a hook may pass it on
         state.hooks.begun(connection)
 
 
@@ -95,7 +95,7 @@ def require_commit(session: StatefulSession) -> None:
 
 
 def check_again(session: StatefulSession) -> None:
-    """Ask again before COMMIT is sent: a flush or a listener that follows ``before_commit`` has failed."""
+    """Check again before COMMIT is sent, in case a flush or listener after ``before_commit`` has failed."""
     transaction = session.get_transaction()
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):
@@ -124,12 +124,12 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
-        ledger.failure = failure  # not that of the question
+        ledger.failure = failure  # not that of the query above
     raise UnexpectedRollbackError(database, reason) from failure
 
 
 def _answers(ledger: Ledger) -> bool:
-    """Ask every connection on which a statement failed whether its transaction goes on."""
+    """Check, on every connection on which a statement failed, whether its transaction goes on."""
     try:
         for connection in ledger.failed_on:
             connection.execute(text("SELECT 1"))
@@ -153,13 +153,13 @@ def _after_commit(session: StatefulSession) -> None:
 
 
 def end_committed(session: StatefulSession) -> None:
-    """End a transaction that was committed although ``commit()`` raises: a listener of the user's failed."""
+    """End a transaction that was committed although ``commit()`` raises: a user's listener failed."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
     if transaction is None:
-        if state.committed:  # a listener of its end has kept ours from being reached
+        if state.committed:  # a listener of its end prevented ours from running
             _end_root(session, state)
         return
-    if state.committing:  # no listener of ours was reached, nor did the database refuse
+    if state.committing:  # our listener was not reached, and the database did not refuse
         ends = [end.is_active for _, end, *_ in transaction._connections.values()]
         if ends and not any(ends):
             _after_commit(session)
@@ -193,11 +193,11 @@ def _end_root(session: StatefulSession, state: SessionState) -> None:
         if unknown:
             state.hooks.drop()
         else:
-            await_only(state.hooks.settled(committed=False))  # a COMMIT has decided its hooks before
+            await_only(state.hooks.settled(committed=False))  # a COMMIT has already decided its hooks
 
 
 def _discard_changes(session: StatefulSession) -> None:
-    """Drop what was changed inside a savepoint after a flush had failed: SQLAlchemy keeps it."""
+    """Drop the changes made in a savepoint after a failed flush, which SQLAlchemy keeps."""
     for one in session.new:
         session.expunge(one)
     for one in session.deleted:

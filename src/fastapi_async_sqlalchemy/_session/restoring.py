@@ -1,4 +1,4 @@
-"""Loaded values over a rollback: what was only loaded stays readable, what changed is as it was loaded."""
+"""Loaded values across a rollback: unchanged ones stay readable, changed ones return to their old state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def note_flushed(session: StatefulSession, _flush_context: object) -> None:
-    """Remember what a flush has overwritten; a listener of ``after_flush``."""
+    """Record the values that a flush has overwritten; a listener of ``after_flush``."""
     if not (session.dirty or session.deleted):
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
@@ -31,7 +31,7 @@ def note_flushed(session: StatefulSession, _flush_context: object) -> None:
 
 
 def note_loaded(session: StatefulSession, statement: Any) -> None:
-    """Remember what an UPDATE or DELETE of an entity may change in memory."""
+    """Record the values that an UPDATE or DELETE of an entity may change in memory."""
     entity = statement.entity_description.get("entity")
     if entity is None:
         return
@@ -43,10 +43,10 @@ def note_loaded(session: StatefulSession, statement: Any) -> None:
 
 
 def roll_back(session: Session) -> None:
-    """Roll back, and let objects keep what was loaded before the transaction changed it; for ``run_sync()``.
+    """Roll back, and keep the values loaded before the transaction changed them; for ``run_sync()``.
 
-    SQLAlchemy's own ``rollback()`` expires all, and under asyncio an expired attribute cannot be loaded by
-    reading it.
+    SQLAlchemy's own ``rollback()`` expires everything, and under asyncio an expired attribute cannot be
+    loaded by reading it.
     """
     originals = cast("StatefulSession", session)._fastapi_async_sqlalchemy.ledger.originals
     states: list[InstanceState[Any]] = [inspect(one) for one in session.identity_map.values()]
@@ -70,7 +70,7 @@ def _loaded(state: InstanceState[Any], before: dict[str, Any]) -> dict[str, Any]
 
 
 def _restorable(state: InstanceState[Any], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Choose the values that hold after the rollback; others stay expired."""
+    """Yield the values that hold after the rollback; others stay expired."""
     mapper: Mapper[Any] = state.mapper
     for key, value in values.items():
         if isinstance(value, LoaderCallableStatus):

@@ -1,4 +1,4 @@
-"""The one attribute that a session carries: which task uses it, and what its transaction holds."""
+"""The one attribute added to a session: the task that uses it, and the state of its transaction."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 @define(eq=False, repr=False)
 class Shared:
-    """What the sessions of one database have in common."""
+    """The state that the sessions of one database have in common."""
 
     name: str
-    """The database, as messages name it."""
+    """The database's name in messages."""
     connections: WeakKeyDictionary[Connection, ref[StatefulSession]] = Factory(
         WeakKeyDictionary["Connection", "ref[StatefulSession]"]
     )
@@ -46,20 +46,20 @@ class Shared:
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
     loops: Loops = Factory(Loops)
     engine: Engine | None = None
-    """The engine that is bound, which most connections are of."""
+    """The bound engine, to which most connections belong."""
     unbuffered: bool = False
     """There are streams that another statement would cut short."""
     awaited: WeakKeyDictionary[asyncio.Task[Any], asyncio.Task[Any]] = Factory(
         WeakKeyDictionary["asyncio.Task[Any]", "asyncio.Task[Any]"]
     )
-    """The task that waits for the end of another one, as the caller of ``db.gather()`` does, by that one."""
+    """For each task, the task that waits for its end, such as the caller of ``db.gather()``."""
 
     def listen(self, engine: Engine) -> None:
-        """Listen to an engine; doing so twice is once."""
+        """Listen to an engine; a second call has no effect."""
         raise NotImplementedError
 
     def session_of(self, connection: Connection) -> StatefulSession | None:
-        """Return the session that a connection works for at the moment."""
+        """Return the session that currently uses a connection."""
         session = self.operating.get(task_at_work())
         if session is None and (used := self.connections.get(connection)) is not None:
             session = used()
@@ -72,17 +72,17 @@ class JoinedBlock:
 
     task: asyncio.Task[Any] | None
     broken: bool = False
-    """The transaction was rolled back in the middle of it."""
+    """The transaction was rolled back in the middle of the block."""
     own: bool = False
-    """Its task serves the request of the unit itself."""
+    """The block runs in the task that serves the unit's request."""
     ended: asyncio.Event = Factory(asyncio.Event)
 
     def elsewhere(self) -> bool:
-        """Whether it runs in another task than the current one."""
+        """Whether it runs in a task that is neither the current one nor the request's own."""
         return not self.own and self.task is not task_at_work()
 
     async def left(self) -> None:
-        """Wait until it is left, or its task has ended without that."""
+        """Wait until the block is left, or its task has ended without leaving it."""
         if self.task is None:
             await self.ended.wait()
             return
@@ -93,12 +93,12 @@ class JoinedBlock:
             left.cancel()
 
     def left_behind(self) -> bool:
-        """Whether its task has ended and nobody has left it, as an abandoned generator does."""
+        """Whether its task has ended without leaving the block, as with an abandoned generator."""
         return self.task is not None and self.task.done()
 
 
 class SessionState:
-    """Defaults are class attributes until they change: making a session costs nothing more."""
+    """The state of a session. Defaults are class attributes, which cost nothing when a session is created."""
 
     closed: bool = False
     """The unit has ended: nothing may begin again."""
@@ -111,38 +111,38 @@ class SessionState:
     committed_writes: bool = False
     """A commit of this session included statements other than reads."""
     committing: bool = False
-    """COMMIT was asked for and is about to be sent."""
+    """COMMIT was requested and is about to be sent."""
     released: bool = False
     """A savepoint was just released and is about to end."""
     streams: tuple[Stream, ...] = ()
     hooks: Hooks | None = None
     checkout: Checkout | None = None
-    """How the session comes to its connections, where that is limited."""
+    """The checkout of the session's connections, if it is limited."""
     route: Route | None = None
     """From the engine that the session chose to the one that applies its unit's settings and limits."""
     outer_holds: Callable[[], bool] | None = None
-    """Whether a unit around this session's holds a connection of the same pool."""
+    """Whether an enclosing unit holds a connection of the same pool."""
     streamed: bool = False
-    """The statement that was sent last leaves rows at the server."""
+    """The last statement sent leaves rows on the server."""
     resets_on_close: bool = True
-    """What ``close_resets_only`` asks for, as long as the unit is open."""
+    """The value of ``close_resets_only`` while the unit is open."""
     joined: Sequence[JoinedBlock] = ()
-    """The blocks of the unit that have joined it and are open."""
+    """The open blocks that have joined the unit."""
     committed: bool = False
-    """COMMIT was done, and the transaction is about to end."""
+    """COMMIT is done, and the transaction is about to end."""
     exposed: frozenset[Connection] = frozenset()
     """The connections that user code has: a task may be in the middle of a statement on one."""
     waiter: asyncio.Future[None] | None = None
     settling: bool = False
-    """A response is about to start: other tasks wait until the transaction is decided."""
+    """A response is about to start: other tasks wait until the transaction is settled."""
     xid: str = ""
-    """The name of the transaction, where it takes part in a two-phase commit."""
+    """The name of the transaction, if it takes part in a two-phase commit."""
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
 
     def limit(self, checkout: Checkout) -> None:
-        """Have the session's connections come within limits."""
+        """Apply limits to the session's connections."""
         self.checkout = checkout
         self.route = checkout.limits.route_after(self.route, self.shared)
 
@@ -151,7 +151,7 @@ class SessionState:
         return self.holder is not None and self.holder is not current_task()
 
     async def joined_ended(self, patience: float | None) -> None:
-        """Wait until the blocks of other tasks that have joined are left, or for so many seconds."""
+        """Wait until the joined blocks of other tasks have ended, or for ``patience`` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 while blocks := [one for one in self.joined if one.elsewhere() and not one.left_behind()]:
@@ -165,7 +165,7 @@ class SessionState:
             await asyncio.shield(self.waiter)
 
     def expose(self, connection: Connection) -> None:
-        """Note that user code has a connection."""
+        """Record that user code has a connection."""
         self.exposed = frozenset(one for one in self.exposed if not one.closed) | {connection}
 
     def wait_for_exposed(self) -> None:
@@ -174,7 +174,7 @@ class SessionState:
             await_only(statement_end(connection.connection.dbapi_connection))
 
     def end_exposed(self) -> None:
-        """End the statements on the connections that user code has: the transaction is given up."""
+        """End the statements on connections that user code has, because the transaction is rolled back."""
         for connection in self._exposed_in_use():
             if not await_only(end_statement(connection.connection.dbapi_connection)):
                 connection.invalidate()
@@ -198,13 +198,13 @@ class SessionState:
             stream.close()
 
     def writing(self) -> Ledger:
-        """Return the ledger of the current transaction for an entry."""
+        """Return the current transaction's ledger for writing."""
         if self.ledger is BLANK:
             self.ledger = Ledger()
         return self.ledger
 
     def note_error(self, context: ExceptionContext) -> None:
-        """Record a statement's error, or that COMMIT was cut short."""
+        """Record a statement's error, or an interrupted COMMIT."""
         committing, self.committing = self.committing, False
         statement = context.statement
         if statement is None and context.execution_context is not None:
@@ -220,7 +220,7 @@ class SessionState:
 
 @define(eq=False, repr=False)
 class LateState:
-    """Makes the state of a session that is first asked for it, and is passed over from then on."""
+    """A descriptor that creates a session's state on first access; the state then replaces it."""
 
     shared: Shared
 
@@ -265,7 +265,7 @@ def note_statement(session: StatefulSession, statement: str) -> None:
 
 
 def task_at_work() -> asyncio.Task[Any] | None:
-    """Return the current task; None in a thread without an event loop, as of a ``def`` route."""
+    """Return the current task; None in a thread without an event loop, such as that of a ``def`` route."""
     try:
         return current_task()
     except RuntimeError:
@@ -273,5 +273,5 @@ def task_at_work() -> asyncio.Task[Any] | None:
 
 
 def task_name(task: asyncio.Task[Any] | None) -> str:
-    """Name a task in a message."""
+    """Return a task's name for a message."""
     return "code outside any task" if task is None else f"task {task.get_name()!r}"

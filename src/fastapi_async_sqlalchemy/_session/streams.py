@@ -1,4 +1,4 @@
-"""Results whose rows are still at the server: what ``stream()`` returns until it has been read."""
+"""Streams: results of ``stream()`` whose rows are still on the server until they have been read."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @frozen(eq=False, repr=False)
 class Stream:
-    """One such result, held weakly: what nobody has any more will not be read."""
+    """One such result, referenced weakly: a result that nobody holds will not be read."""
 
     _held: ref[Any]
-    """The result; of a ``CursorResult``, which takes no weak reference, its context, which lives as long."""
+    """The result. For a ``CursorResult``, which takes no weak reference, its context, which lives as long."""
     _cursor: dict[str, Any]
-    """The attributes of the ``CursorResult``, which do not lead back to it."""
+    """The attributes of the ``CursorResult``, which do not refer back to it."""
     unbuffered: bool
 
     @property
     def unread(self) -> bool:
-        """Whether somebody has it and has not read it to its end."""
+        """Whether the result is still referenced and not read to its end."""
         held = self._held()
         if not isinstance(held, Result):
             return held is not None and not self._exhausted
-        # Result.closed tells of an explicit close() alone; no public name tells that all rows were read
+        # Result.closed covers only an explicit close(); no public name says that all rows were read
         return not held._soft_closed
 
     @property
     def between_rows(self) -> bool:
-        """Whether somebody has it and the server has more rows."""
+        """Whether the result is still referenced and the server has more rows."""
         return self._held() is not None and not self._exhausted
 
     @property
@@ -43,14 +43,14 @@ class Stream:
         return bool(self._cursor.get("_soft_closed"))
 
     def close(self) -> None:
-        """Let go of the rows that are left: some drivers will not commit over them."""
+        """Discard the remaining rows: some drivers will not commit over them."""
         held = self._held()
         if held is not None and self.unread:
             (held if isinstance(held, Result) else held.cursor).close()
 
 
 def watch_stream(session: StatefulSession, result: object) -> None:
-    """Remember that a result is still to be read, and which session it belongs to if that fails."""
+    """Register a result that is still to be read, and its session for errors while reading."""
     state = session._fastapi_async_sqlalchemy
     state.streamed = False
     found: Any = result
@@ -68,5 +68,5 @@ def watch_stream(session: StatefulSession, result: object) -> None:
 
 
 def _is(kind: type[object], value: object) -> bool:
-    """Whether a value is of a kind; type checkers would take the kind's parameters for unknown."""
+    """Whether a value is of a kind; hides the kind's type parameters from type checkers."""
     return isinstance(value, kind)

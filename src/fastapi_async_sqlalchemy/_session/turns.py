@@ -1,7 +1,7 @@
 """Turns: a session serves one task at a time, and no task after its unit's end.
 
-SQLAlchemy has no event for the beginning and the end of each operation, and a refusal must come before the
-session's own state changes. So operations are overridden, and each override takes a turn.
+SQLAlchemy has no event for the beginning and the end of each operation, and a refusal must come before
+the session's own state changes. So operations are overridden, and each override takes a turn.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ENDINGS: Final = frozenset({"commit", "rollback", "close", "reset", "release"})
-"""The operations that decide a transaction, and so are not cut short."""
+"""The operations that decide a transaction, and so must not be cut short."""
 _GIVES_UP: Final = frozenset({"rollback", "close", "reset", "invalidate", "release"})
-"""The operations over which a stream may be left unread."""
+"""The operations that may leave a stream unread."""
 _STREAM_LEFT: Final = (
     "a stream has rows left, which would be lost (read it to its end, or `await result.close()`)"
 )
@@ -40,7 +40,7 @@ _FLUSH_FAILED: Final = "a flush in it failed and it has been rolled back"
 
 
 def take_turn(session: StatefulSession, name: str, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """Run an operation when no other task is in the middle of one; refuse it otherwise."""
+    """Run an operation if no other task is in the middle of one; otherwise refuse it."""
     state = session._fastapi_async_sqlalchemy
     task = task_at_work()
     if (state.holder is not None or state.closed) and _reenter(state, task, name):
@@ -61,7 +61,7 @@ def take_turn(session: StatefulSession, name: str, call: Callable[..., T], /, *a
 
 
 def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one task at a time into an operation that waits for the database."""
+    """Guard an operation that waits for the database: one task at a time may run it."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -74,7 +74,7 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
 def executing(method: Callable[..., Any]) -> Callable[..., Any]:
     """Guard ``execute``, the most frequent operation and the only one that may leave a stream unread.
 
-    Its usual call is written out: passing on ``*args, **kwargs`` costs more than the whole guard.
+    Its usual call is written out, because passing on ``*args, **kwargs`` costs more than the whole guard.
     """
     guarded = exclusive(method)
 
@@ -119,7 +119,7 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flushing(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Guard ``flush``, with which nearly every other operation begins: there it costs next to nothing."""
+    """Guard ``flush``. Nearly every other operation calls it first, where the guard must cost little."""
     guarded = exclusive(method)
 
     @functools.wraps(method)
@@ -139,7 +139,7 @@ def flushing(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cleaning(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one task at a time give the transaction up; an ended unit has nothing left to refuse."""
+    """Guard an operation that gives the transaction up; after the unit's end it is always allowed."""
     guarded = exclusive(method)
 
     @functools.wraps(method)
@@ -157,7 +157,7 @@ def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
         state = session._fastapi_async_sqlalchemy
-        # a settlement takes what is added meanwhile along, unless it is a rollback, which would drop it
+        # a settlement includes objects added meanwhile, unless it is a rollback, which would drop them
         if state.closed or (
             state.holder is not None and (not state.settling or state.operation == "rollback")
         ):
@@ -168,9 +168,9 @@ def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> bool:
-    """Let an operation call another of the same task, or wait for a settlement; refuse anything else.
+    """Allow an operation inside another of the same task, or after a settlement; refuse anything else.
 
-    Returns whether it is inside another one.
+    Return whether it is inside another one.
     """
     while state.settling and state.holder is not None and state.holder is not task:
         await_only(state.idle())
@@ -179,7 +179,7 @@ def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> 
 
 
 def _refuse(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
-    """Refuse an operation after the unit's end, and in the middle of another task's."""
+    """Refuse an operation after the unit's end, or in the middle of another task's operation."""
     if state.closed:
         raise UnitClosedError(state.shared.name)
     if state.holder is not None and state.holder is not task:
@@ -193,7 +193,7 @@ def _refuse(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> N
 def _enter(
     state: SessionState, session: StatefulSession, task: asyncio.Task[Any] | None, name: str
 ) -> StatefulSession | None:
-    """Begin an operation; returns the session whose operation this task is in the middle of already."""
+    """Begin an operation; return the session whose operation this task is already in the middle of."""
     shared = state.shared
     if task is not None and (loop := task.get_loop()) is not shared.loops.current:
         shared.loops.take_over(loop, shared.name, f"{task_name(task)} called {name}()")
@@ -226,7 +226,7 @@ def _leave(
 
 
 def _leave_to_others(session: StatefulSession, state: SessionState, task: asyncio.Task[Any] | None) -> None:
-    """End an operation that somebody waits for, or that its unit did not wait for."""
+    """End an operation that another task waits for, or that outlasted its unit."""
     try:
         if state.closed and session.in_transaction():
             Session.close(session)  # the unit has ended meanwhile, and left the rest to this task
@@ -241,14 +241,14 @@ def _leave_to_others(session: StatefulSession, state: SessionState, task: asynci
 
 
 def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
-    """Refuse an operation over which the driver would lose the rows that a stream has left."""
+    """Refuse an operation if the driver would lose the remaining rows of a stream."""
     if any(stream.between_rows for stream in state.streams):
         attempt = f"{task_name(task)} called {name}()"
         raise ConcurrentUseError(state.shared.name, attempt, _STREAM_LEFT)
 
 
 def _translate(state: SessionState, error: BaseException) -> None:
-    """Raise this package's error in place of one that says less."""
+    """Replace an error by a more specific one of this package."""
     clear_frames(error)
     if not isinstance(error, Exception):
         return

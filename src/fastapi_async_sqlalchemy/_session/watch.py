@@ -1,7 +1,7 @@
-"""What the engines' events tell the session at work: its statements and their errors.
+"""Listeners to the engines' events, which report statements and errors to the session at work.
 
-Engines are listened to by their dialect's events alone: a listener of any other kind switches the whole
-engine to a slower path.
+Only events of the dialect are used: a listener of any other kind switches the whole engine to a slower
+path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @define(eq=False, repr=False)
 class Watch(Shared):
-    """Reports the statements and errors of one database's connections to the sessions that send them."""
+    """A reporter of the statements and errors on one database's connections to their sessions."""
 
     classes: dict[type[Session], type[WatchedSession]] = Factory(
         dict["type[Session]", "type[WatchedSession]"]
@@ -39,18 +39,18 @@ class Watch(Shared):
         return self.classes[base]
 
     def listen(self, engine: Engine) -> None:
-        """Listen to an engine; doing so twice is once."""
+        """Listen to an engine; a second call has no effect."""
         if engine in self.loops.engines:
             return
         self.loops.follow(engine)
-        dialect = engine.dialect  # which engines that are derived from one another share
+        dialect = engine.dialect  # engines derived from one another share it
         event.listen(dialect, "do_execute", self._do_execute)
         event.listen(dialect, "do_executemany", self._do_execute)
         event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
         event.listen(dialect, "handle_error", self._handle_error)
 
     def xid(self) -> str:
-        """Name the two-phase transaction that the session at work is beginning."""
+        """Return the name of the two-phase transaction that the session at work is beginning."""
         session = self.operating.get(task_at_work())
         return "" if session is None else session._fastapi_async_sqlalchemy.xid
 

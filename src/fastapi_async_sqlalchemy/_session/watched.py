@@ -48,7 +48,7 @@ class WatchedSession(StatefulSession):
     """A session that serves one task at a time, and none after its unit's end."""
 
     def commit(self) -> None:
-        """Commit; where that is refused, savepoints that are open stay open."""
+        """Commit; if that is refused, open savepoints stay open."""
         if self.in_nested_transaction() and self.is_active:
             require_commit(self)
         try:
@@ -58,12 +58,12 @@ class WatchedSession(StatefulSession):
             raise
 
     def rollback(self) -> None:
-        """Roll back; lifts every mark that forbids COMMIT."""
+        """Roll back; lift every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
         super().rollback()
 
     def close(self) -> None:
-        """Close for good once the unit has ended; before that, as ``close_resets_only`` says."""
+        """Close for good once the unit has ended; before that, follow ``close_resets_only``."""
         state = self._fastapi_async_sqlalchemy
         if state.closed or not state.resets_on_close:
             super().close()
@@ -71,7 +71,7 @@ class WatchedSession(StatefulSession):
             self.reset()
 
     def reset(self) -> None:
-        """Begin afresh; whoever closes a session that a unit owns may not know what that costs."""
+        """Reset the session, with a WARNING about discarded writes: callers often do not expect that."""
         state = self._fastapi_async_sqlalchemy
         if has_written(self):
             logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
@@ -79,7 +79,7 @@ class WatchedSession(StatefulSession):
         super().reset()
 
     def invalidate(self) -> None:
-        """Discard the connections, and begin afresh unless the unit has ended."""
+        """Discard the connections, and reset the session unless the unit has ended."""
         if self._fastapi_async_sqlalchemy.closed:
             super().invalidate()
             return
@@ -97,33 +97,33 @@ class WatchedSession(StatefulSession):
     def connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
     ) -> Connection:
-        """Return the connection, and remember that it may be used without calling this session."""
+        """Return the connection, and record that it may be used without calling this session."""
         state = self._fastapi_async_sqlalchemy
         if bind_arguments and (bind := bind_arguments.get("bind")) is not None:
-            bind_arguments = {"bind": _reached(state, bind)}  # SQLAlchemy does not ask get_bind() for it
+            bind_arguments = {"bind": _reached(state, bind)}  # get_bind() is not called for it
         connection = super().connection(bind_arguments, execution_options)
         state.shared.connections[connection] = ref(self)
         state.expose(connection)
         return connection
 
-    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        """Begin a transaction that the caller ends; SQLAlchemy does so without calling this session."""
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's
+        """Begin a transaction that the caller ends; SQLAlchemy ends it without calling this session."""
         transaction = super().begin(nested)
         transaction.__class__ = OwnedTransaction
-        if not nested:  # what a savepoint begins around itself belongs to nobody
+        if not nested:  # a transaction begun around a savepoint has no explicit owner
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
 
 
 def _reached(state: SessionState, bind: Engine | Connection) -> Engine | Connection:
-    """Watch what a session is about to use, and return the engine that applies its settings and limits."""
+    """Watch the engine that a session is about to use, and return one that applies settings and limits."""
     if bind is not state.shared.engine:
         state.shared.listen(bind.engine)
     return bind if state.route is None else state.route(bind)
 
 
 class OwnedTransaction(SessionTransaction):
-    """A transaction or savepoint that user code ends itself: that takes a turn of its session, too."""
+    """A transaction or savepoint that user code ends itself, which takes a turn of its session."""
 
     def commit(self, *args: Any, **kwargs: Any) -> None:
         """Commit, or release the savepoint."""
@@ -136,7 +136,7 @@ class OwnedTransaction(SessionTransaction):
 
     def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
         if self.parent is None and session.in_nested_transaction():
-            require_commit(session)  # else savepoints would end, and COMMIT would then be refused
+            require_commit(session)  # otherwise savepoints would end before COMMIT is refused
             while (savepoint := session.get_nested_transaction()) is not None:
                 savepoint.commit()
         try:
@@ -159,7 +159,7 @@ class OwnedTransaction(SessionTransaction):
 
 
 def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
-    """Make the subclass of a session class for the sessions of one database."""
+    """Create the subclass of a session class for the sessions of one database."""
     members = {
         "_fastapi_async_sqlalchemy": LateState(shared),
         "__del__": _finalizer(getattr(base, "__del__", None)),
@@ -176,7 +176,7 @@ def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
 
 
 def _finalizer(inherited: Callable[[Session], None] | None) -> Callable[[WatchedSession], None]:
-    """Return a ``__del__`` that warns of a session which was dropped with its transaction open."""
+    """Return a ``__del__`` that warns of a session dropped with its transaction open."""
 
     def finalize(session: WatchedSession) -> None:
         if inherited is not None:

@@ -1,4 +1,4 @@
-"""A unit of work for each task that asks for one, settled with its task's own outcome."""
+"""A unit of work for each task that asks for one, settled by its task's outcome."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _SEVERAL: Final = "several units of work could not be committed"
 
 @define(eq=False, repr=False)
 class TaskUnits(Place[S_co]):
-    """Stands in the variable inside ``async with db(multi_sessions=True):``.
+    """The variable's value inside ``async with db(multi_sessions=True):``.
 
-    Units are held by their tasks, and weakly: a task that has ended leaves nothing behind.
+    It refers to tasks weakly, so that a task that has ended leaves nothing behind.
     """
 
     _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
@@ -52,7 +52,7 @@ class TaskUnits(Place[S_co]):
     )
     _ending: set[asyncio.Task[None]] = Factory(set["asyncio.Task[None]"])
     _errors: list[Exception] = Factory(list[Exception])
-    """Of COMMITs whose tasks had ended already; raised at the end of the block."""
+    """Errors of COMMITs after their tasks had ended; raised at the end of the block."""
 
     @property
     def closed(self) -> bool:
@@ -64,7 +64,7 @@ class TaskUnits(Place[S_co]):
         return self._config.database
 
     def _here(self) -> UnitOfWork[S_co]:
-        """Return the unit of the task that asks, made when it first does."""
+        """Return the unit of the current task, created on first use."""
         if self._ended:
             raise UnitClosedError(self._database.name)
         task = task_at_work()
@@ -81,7 +81,7 @@ class TaskUnits(Place[S_co]):
     def _asked(self) -> UnitOfWork[S_co]:
         """Return the unit of the nearest task that has asked for one, by the context that a thread inherits.
 
-        The owner does not count: every task of the block has its context from his, and is not told apart.
+        The owner does not count: every task of the block inherits its context, so they look alike.
         """
         asked = self._database.asked.get()
         task = None if asked is None else asked()
@@ -91,12 +91,12 @@ class TaskUnits(Place[S_co]):
         return unit
 
     def _end(self, task: asyncio.Task[Any]) -> None:
-        """Settle the unit of a task that has ended, in a task of its own."""
+        """Settle the unit of a task that has ended, in a separate task."""
         unit = self._units.pop(task, None)
         if unit is None:
             return
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # asking for it has told asyncio that somebody knows
+        if error is not None:  # task.exception() stops asyncio from reporting it
             logger.warning(
                 "%s failed in a unit of %s, which is rolled back", task, self._database.name, exc_info=error
             )
@@ -109,7 +109,7 @@ class TaskUnits(Place[S_co]):
         self._units.pop(ending, None)
 
     async def _settle(self, unit: UnitOfWork[S_co], *, failed: bool) -> None:
-        # its hooks find it as theirs; an eager task is done before anybody else could say so
+        # hooks must find the unit as theirs; an eager task is done before anybody else could register it
         task = cast("asyncio.Task[Any]", current_task())
         self._units[task] = unit
         self._database.asked.set(ref(task))
@@ -124,10 +124,10 @@ class TaskUnits(Place[S_co]):
         return Decision.of_exit(commit_on_exit=self._config.commit_on_exit)
 
     async def _close(self, *, failed: bool) -> None:
-        """Wait for the tasks that have a unit and settle the block's own, or give all units up.
+        """Wait for tasks that have a unit and settle the block's own, or abandon all units.
 
-        The task that leaves the block may be another than its owner, as in the fixtures of a test. It has the
-        owner's unit unless it has asked for one itself, which then shares the block's outcome as well.
+        The task that leaves the block may not be its owner, as in the fixtures of a test. It uses the owner's
+        unit unless it has asked for one itself, which then shares the block's outcome as well.
         """
         leaving = cast("asyncio.Task[Any]", current_task())
         own = self._units[self._owner]
@@ -137,7 +137,7 @@ class TaskUnits(Place[S_co]):
                 await self._wait(inside)
                 for unit in inside.values():
                     await finish(unit, self._decision)
-                await self._wait(inside)  # for who has come meanwhile
+                await self._wait(inside)  # for units requested meanwhile
         except BaseException:
             failed = True
             raise
@@ -166,7 +166,7 @@ class TaskUnits(Place[S_co]):
 
 @define(eq=False, repr=False)
 class TaskUnitsScope(OneUse, Generic[S_co]):
-    """What ``db(multi_sessions=True)`` returns: a unit for each task that asks for one inside the block."""
+    """The result of ``db(multi_sessions=True)``: a unit for each task that asks for one inside the block."""
 
     new: UnitScope[S_co]
     units: TaskUnits[S_co] | None = None

@@ -1,4 +1,4 @@
-"""Many tasks, each in a unit of work of its own: fan-out, task groups, connections."""
+"""Many tasks, each in a separate unit of work: gather, task groups, connections."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 @define(eq=False, repr=False)
 class Children(Generic[S_co]):
-    """How the units of child tasks are made: as the call says, else as the current unit is."""
+    """The configuration of child tasks' units; by default that of the current unit."""
 
     config: UnitConfig[S_co]
     current: ContextVar[Place[S_co]]
 
     def await_all(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        """Note that the current task waits for others, and refuse what they could never have before it."""
+        """Record that the current task waits for others, and refuse a wait that could never end."""
         waiting, shared = asyncio.current_task(), self.config.database.shared
         if waiting is not None:
             shared.awaited.update(dict.fromkeys(tasks, waiting))
@@ -54,7 +54,7 @@ class Children(Generic[S_co]):
         return UnitScope(self.config, self.current)
 
     async def run(self, coroutine: Coroutine[Any, Any, T], places: AbstractAsyncContextManager[Any]) -> T:
-        """Await a coroutine in a unit of its own, when it is its turn."""
+        """Await a coroutine in a separate unit, once it has a place."""
         async with places, self.scope():
             return await coroutine
 
@@ -64,14 +64,14 @@ def _children_of(
     commit_on_exit: bool | None,  # noqa: FBT001  # three values
     session_args: object,
 ) -> Children[S_co]:
-    """Look at the current unit; raises ``SessionNotInitialisedError`` before there is an engine."""
+    """Return the children of the current unit; raise ``SessionNotInitialisedError`` without an engine."""
     database, current = handle._database, handle._current
     if commit_on_exit is not None:
         boolean("commit_on_exit", commit_on_exit)
     _ = database.engine
     found = open_unit(current)
     config = database.configs[False] if found is None else found._config
-    if config.settings.twophase:  # they end on their own
+    if config.settings.twophase:  # each of the children ends separately
         config = evolve(config, make=None, settings=database.settings)
     if session_args is not None:
         config = evolve(config, make=database.maker(session_args, config.settings))
@@ -85,7 +85,7 @@ def _places(max_concurrent: int | None) -> AbstractAsyncContextManager[Any]:
 
 
 def coroutines_of(values: Iterable[object]) -> list[Coroutine[Any, Any, Any]]:
-    """Return coroutines, checked; what was given is closed where something else is among it."""
+    """Validate coroutines; close all of them if anything else was given."""
     given = list(values)
     wrong = [value for value in given if not isinstance(value, Coroutine)]
     found: list[Coroutine[Any, Any, Any]] = [value for value in given if isinstance(value, Coroutine)]
@@ -103,7 +103,7 @@ def coroutines_of(values: Iterable[object]) -> list[Coroutine[Any, Any, Any]]:
 
 
 def close(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> None:
-    """Let no coroutine go un-awaited without a word; one that has run is closed already."""
+    """Close coroutines, so that none warns of never being awaited; one that has run is closed already."""
     for coroutine in coroutines:
         coroutine.close()
 
@@ -115,9 +115,9 @@ async def gather(
     *,
     return_exceptions: bool,
 ) -> list[Any]:
-    """Run each coroutine in a task and a unit of its own; returns the results in order.
+    """Run each coroutine in a separate task and unit, and return the results in order.
 
-    The first error cancels the others, waits until their units are settled, and goes on.
+    The first error cancels the others, waits until their units are settled, and is raised.
     """
     if max_concurrent is None and children.config.limits is not None:
         max_concurrent = children.config.limits.max_concurrent
@@ -157,7 +157,7 @@ async def _all_or_first_error(tasks: list[asyncio.Task[Any]], *, return_exceptio
 
 
 class Closing(Coroutine[Any, Any, T]):
-    """A coroutine that closes others if it is given up before it begins."""
+    """A coroutine that closes others if it is closed before it begins."""
 
     __slots__ = ("_inner", "_others")
 
@@ -165,11 +165,11 @@ class Closing(Coroutine[Any, Any, T]):
         self._inner, self._others = inner, others
 
     def send(self, value: Any) -> Any:
-        """Go on."""
+        """Resume the coroutine."""
         return self._inner.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """Go on with an error, in which it may end."""
+        """Resume the coroutine with an error, and close the others if it ends by one."""
         try:
             return self._inner.throw(*error)
         except BaseException:
@@ -177,7 +177,7 @@ class Closing(Coroutine[Any, Any, T]):
             raise
 
     def close(self) -> None:
-        """Give up."""
+        """Close the coroutine and the others."""
         self._inner.close()
         close(self._others)
 
@@ -193,7 +193,7 @@ def _error(task: asyncio.Task[Any]) -> BaseException | None:
 
 
 async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel what still runs and wait until its unit is settled."""
+    """Cancel the running tasks and wait until their units are settled."""
     running = [task for task in tasks if task.cancel()]
     if running:
         await to_completion(_all_done(running))
@@ -208,7 +208,7 @@ async def _all_done(tasks: list[asyncio.Task[Any]]) -> None:
 
 @define(eq=False, repr=False)
 class UnitTaskGroup(Generic[S_co]):
-    """What ``db.task_group()`` returns: on ``asyncio.TaskGroup``, each task in a unit of work of its own."""
+    """The result of ``db.task_group()``: built on ``asyncio.TaskGroup``, with a unit for each task."""
 
     _children: Callable[[], Children[S_co]]
     _max_concurrent: int | None
@@ -223,7 +223,7 @@ class UnitTaskGroup(Generic[S_co]):
         return self
 
     def create_task(self, coroutine: Coroutine[Any, Any, T], *, name: str | None = None) -> asyncio.Task[T]:
-        """Start a coroutine in a task and a unit of its own, committed or rolled back with its outcome."""
+        """Start a coroutine in a separate task and unit, which commits or rolls back by its outcome."""
         coroutines_of([coroutine])
         if self._entered is None:
             coroutine.close()
@@ -252,7 +252,7 @@ class UnitTaskGroup(Generic[S_co]):
 
 @define(eq=False, repr=False)
 class Connection(Generic[S_co]):
-    """What ``db.connection()`` returns: a unit of work whose connection is checked out on entry."""
+    """The result of ``db.connection()``: a unit of work whose connection is checked out on entry."""
 
     scope: UnitScope[S_co]
 
@@ -276,7 +276,7 @@ def open_connection(
     timeout: float | None,
     commit_on_exit: bool | None,  # noqa: FBT001  # three values
 ) -> Connection[S_co]:
-    """Return the block that ``db.connection()`` asks for."""
+    """Return the block for ``db.connection()``."""
     children = _children_of(handle, commit_on_exit, None)
     limits = limits_of("timeout", timeout, None, handle._database.shared, children.config.limits)
     return Connection(UnitScope(evolve(children.config, limits=limits), children.current))
@@ -291,7 +291,7 @@ def gather_in_units(
     commit_on_exit: bool | None,
     session_args: SessionArgs | None,
 ) -> Coroutine[Any, Any, Any]:
-    """Return the coroutine that ``db.gather()`` asks for."""
+    """Return the coroutine for ``db.gather()``."""
     found = coroutines_of(coroutines)
     try:
         places = optional_count("max_concurrent", max_concurrent)
@@ -309,7 +309,7 @@ def open_task_group(
     commit_on_exit: bool | None,  # noqa: FBT001  # three values
     session_args: SessionArgs | None,
 ) -> UnitTaskGroup[S_co]:
-    """Return the group that ``db.task_group()`` asks for."""
+    """Return the group for ``db.task_group()``."""
     places = optional_count("max_concurrent", max_concurrent)
-    _children_of(handle, commit_on_exit, session_args)  # refuses what is wrong now
+    _children_of(handle, commit_on_exit, session_args)  # refuses wrong arguments now
     return UnitTaskGroup(lambda: _children_of(handle, commit_on_exit, session_args), places)

@@ -1,4 +1,4 @@
-"""From the arguments of ``db(...)`` and ``db.connect(...)`` to the block that they ask for."""
+"""Construction of blocks from the arguments of ``db(...)`` and ``db.connect(...)``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ P = TypeVar("P")
 def open_scope(
     handle: Handle[S_co],
     session_args: SessionArgs | None,
-    commit_on_exit: bool,  # noqa: FBT001  # checked here
+    commit_on_exit: bool,  # noqa: FBT001  # validated in the body
     *,
     propagation: Propagation,
     read_only: bool | None,
@@ -50,7 +50,7 @@ def open_scope(
     pool_timeout: float | None,
     waiting: tuple[object, object, object],
 ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
-    """Return the block that ``db(...)`` asks for; ``waiting`` is its wait_for, timeout and fallback."""
+    """Return the block for ``db(...)``; ``waiting`` is its wait_for, timeout and fallback."""
     if commit_on_exit is not False and commit_on_exit is not True:
         boolean("commit_on_exit", commit_on_exit)
     database, make, limits = handle._database, None, None
@@ -76,7 +76,7 @@ def open_scope(
 
 def _for_each_task(
     new: UnitScope[S_co],
-    multi_sessions: bool,  # noqa: FBT001  # checked here
+    multi_sessions: bool,  # noqa: FBT001  # validated in the body
     propagation: Propagation,
     waiting: tuple[object, object, object],
 ) -> TaskUnitsScope[S_co]:
@@ -109,7 +109,7 @@ def _on_replica(
     if fallback is not None:
         primary_engine: AsyncEngine | None = None
         if isinstance(fallback, Handle):
-            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # mypy finds a cast redundant
+            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
         if primary_engine is None or primary_engine is database.engine:
             message = "fallback must be the primary's proxy, which has an engine of its own."
             raise ConfigurationError(message)
@@ -121,7 +121,7 @@ def _on_replica(
 
 
 async def commit_position(handle: Handle[Any]) -> WalPosition:
-    """Return how far the log of PostgreSQL's primary goes; see ``SessionProxy.commit_position()``."""
+    """Return the primary's current log position; see ``SessionProxy.commit_position()``."""
     database = handle._database
     require_postgresql("commit_position()", database.engine)
     if database.settings.read_only:
@@ -139,7 +139,7 @@ async def commit_position(handle: Handle[Any]) -> WalPosition:
 
 async def session_of_request(handle: Handle[S_co], connection: HTTPConnection) -> S_co:
     """Return the session of a request's unit; see ``SessionProxy.dependency()``."""
-    for place in around(handle._current.get()):  # one that was open before is not the request's
+    for place in around(handle._current.get()):  # a unit opened earlier is not the request's
         if isinstance(place, UnitOfWork) and place._belongs_to(connection.scope):
             own: UnitOfWork[S_co] = place
             return own.session
@@ -160,7 +160,7 @@ def connect(
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
 ) -> Connected[P]:
-    """Return the block that ``db.connect(...)`` asks for, which hands ``result`` out."""
+    """Return the block for ``db.connect(...)``, which yields ``result``."""
     if isinstance(url, AsyncEngine):
         if mapping("engine_args", engine_args):
             message = "engine_args go with a URL: an engine has its own already."
@@ -174,7 +174,7 @@ def connect(
 
 @define(eq=False, repr=False)
 class Connected(Generic[P]):
-    """What ``db.connect(...)`` returns: an async context manager around the engine's use."""
+    """The result of ``db.connect(...)``: an async context manager around the use of an engine."""
 
     proxy: P
     database: Database[Any]

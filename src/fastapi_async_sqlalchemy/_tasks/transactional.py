@@ -1,4 +1,4 @@
-"""Functions that run in a unit of work, and again when the database says that others were in their way."""
+"""Functions that run in a unit of work, and run again after a conflict with other transactions."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def transactional(
     alone: Callable[[], bool],
     retries: int,
 ) -> F:
-    """Return the function, run in a unit of work, and again up to ``retries`` times after a conflict.
+    """Wrap a function to run in a unit of work, and again up to ``retries`` times after a conflict.
 
-    ``alone`` tells whether the unit will be its own: a part of a unit cannot be done again.
+    ``alone`` returns whether the unit will be a new one: a part of a unit cannot be retried.
     """
     if not inspect.iscoroutinefunction(function):
         message = f"transactional is for coroutine functions (`async def`), not {_safe_repr(function)}."
@@ -67,7 +67,7 @@ def transactional(
 
 
 def _name(function: object) -> str:
-    """Name a function in a message; a part of one by what it is a part of, without its arguments."""
+    """Return a function's name for a message; a partial's is that of its function, without arguments."""
     called: object = function.func if isinstance(function, functools.partial) else function
     return getattr(called, "__qualname__", type(called).__name__)
 
@@ -81,7 +81,7 @@ def decorator(
     deferrable: bool | None,
     retries: int,
 ) -> Callable[[F], F]:
-    """Return the decorator that ``db.transactional(...)`` asks for."""
+    """Return the decorator for ``db.transactional(...)``."""
     propagation, database = propagation_of(propagation), handle._database
     settings = transaction_settings(read_only, isolation_level, deferrable, database.settings)
     if count("retries", retries, 0) and propagation in {"mandatory", "nested"}:

@@ -1,4 +1,4 @@
-"""One database: its engine, who owns it, and how its sessions are made."""
+"""One database: its engine, the engine's owner, and the factories of its sessions."""
 
 from __future__ import annotations
 
@@ -35,51 +35,52 @@ S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
 
 class PoolWatcher(Protocol):
-    """Looks at the pool of the engine that is in use."""
+    """A watcher of the pool of the engine in use."""
 
     def check(self, engine: Engine) -> None:
-        """Raise ``ConfigurationError`` for an engine that it cannot watch."""
+        """Raise ``ConfigurationError`` for an engine that cannot be watched."""
 
     def begin(self, database: str, engine: Engine) -> None:
-        """Watch an engine, and no longer another one."""
+        """Watch an engine in place of any earlier one."""
 
     def end(self) -> None:
-        """Watch nothing."""
+        """Stop watching."""
 
 
 @define(eq=False, repr=False)
 class Database(Generic[S_co]):
-    """One database of a pair: unbound at first, then bound to one engine at a time.
+    """One database of a pair, bound to at most one engine at a time.
 
-    Whoever binds an engine ends its use: an engine that was made here is disposed then, a caller's never.
+    Whoever binds an engine must release it. An engine created here is disposed on release; a caller's
+    never is.
     """
 
     _declared: type[S_co] | None
     settings: TransactionSettings = PLAIN
-    """What the transactions of its units have where nothing else is asked."""
+    """The default settings of its units' transactions."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
-    """Who has the engine in use."""
+    """The code that has the engine in use."""
     _watcher: PoolWatcher | None = None
     _session_args: dict[str, Any] = Factory(dict[str, Any])
     _make: Callable[[], S_co] | None = None
     _variants: dict[TransactionSettings, Callable[[], S_co]] = Factory(
         dict["TransactionSettings", "Callable[[], S_co]"]
     )
-    """What makes sessions whose transactions have other settings, made when first asked for."""
+    """Session factories for other settings, created on first use."""
     _watch: Watch = Factory(lambda self: Watch(self._label()), takes_self=True)
     configs: tuple[UnitConfig[S_co], UnitConfig[S_co]] = Factory(
         lambda self: (UnitConfig(self, self.settings), UnitConfig(self, self.settings, commit_on_exit=True)),
         takes_self=True,
     )
-    """Those of units that ask for nothing else, without `commit_on_exit` and with it."""
+    """The default configurations of units, without `commit_on_exit` and with it."""
     asked: ContextVar[ref[asyncio.Task[Any]] | None] = Factory(
         lambda: ContextVar["ref[asyncio.Task[Any]] | None"]("fastapi_async_sqlalchemy.asked", default=None)
     )
-    """The task here that has asked for a unit of its own, as threads have it with its context.
+    """The task in this context that has asked for a separate unit; threads inherit the context.
 
-    One for all blocks: a context keeps its variables for good.
+    One variable serves all blocks, because a context keeps its variables for good.
     """
 
     def __repr__(self) -> str:
@@ -87,38 +88,38 @@ class Database(Generic[S_co]):
 
     @property
     def name(self) -> str:
-        """The database, as messages name it: never with its user, password or query."""
+        """The name of the database in messages: never with its user, password or query."""
         return self._watch.name
 
     @property
     def shared(self) -> Watch:
-        """What its sessions have in common."""
+        """The state that its sessions have in common."""
         return self._watch
 
     @property
     def connected(self) -> bool:
-        """Whether there is an engine."""
+        """Whether an engine is bound."""
         return self._engine is not None
 
     @property
     def engine(self) -> AsyncEngine:
-        """The engine; ``SessionNotInitialisedError`` before there is one."""
+        """The engine; raises ``SessionNotInitialisedError`` before one is bound."""
         if self._engine is None:
             raise SessionNotInitialisedError(self.name)
         return self._engine
 
     def bind(self, engine: AsyncEngine, session_args: object = None, by: Holder | None = None) -> None:
-        """Take an engine into use, with the arguments of its sessions.
+        """Bind an engine, with the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
-        arguments that make no session.
+        arguments that do not fit a session.
         """
         self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher)
 
     def take(
         self, engine: AsyncEngine, session_args: object, by: Holder, watcher: PoolWatcher | None
     ) -> None:
-        """Take an engine into use, with what watches its pool."""
+        """Bind an engine, with the watcher of its pool."""
         arguments = session_arguments(session_args)
         if watcher is not None:
             watcher.check(engine.sync_engine)
@@ -137,7 +138,7 @@ class Database(Generic[S_co]):
         self.watch_pool(watcher)
 
     def watch_pool(self, watcher: PoolWatcher | None) -> None:
-        """Have another one watch the pool, now or as soon as there is an engine; None ends it."""
+        """Set the watcher of the pool, now or once an engine is bound; None removes it."""
         if watcher is not None and self._engine is not None:
             watcher.check(self._engine.sync_engine)
         if self._watcher is not None and self._watcher is not watcher:
@@ -147,7 +148,7 @@ class Database(Generic[S_co]):
             watcher.begin(self.name, self._engine.sync_engine)
 
     async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
-        """End an engine's use: dispose it if it was made here; another one may be bound then."""
+        """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
             self._live, self.holder = False, None
         if owned:
@@ -163,7 +164,7 @@ class Database(Generic[S_co]):
         self._watch.name = self._label()
 
     def new_session(self) -> S_co:
-        """Make a session; nothing is sent to the database."""
+        """Create a session; nothing is sent to the database."""
         if self._make is None:
             raise SessionNotInitialisedError(self.name)
         return self._make()
@@ -171,9 +172,9 @@ class Database(Generic[S_co]):
     def maker(
         self, session_args: object, settings: TransactionSettings, engine: AsyncEngine | None = None
     ) -> Callable[[], S_co]:
-        """Return what makes sessions with arguments added to the database's own, and with settings.
+        """Return a session factory with arguments added to the database's own, and with settings.
 
-        On another engine than its own, if one is given.
+        It uses another engine than the database's own, if one is given.
         """
         if session_args is None and engine is None:
             if settings not in self._variants:
@@ -185,13 +186,13 @@ class Database(Generic[S_co]):
         return self._maker(engine or self.engine, arguments, settings)
 
     def check(self, engine: AsyncEngine, session_args: object) -> None:
-        """Raise ``ConfigurationError`` for what ``bind()`` would refuse."""
+        """Raise ``ConfigurationError`` for arguments that ``bind()`` would refuse."""
         self._maker(engine, session_arguments(session_args), self.settings)
 
     def _maker(
         self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
     ) -> Callable[[], S_co]:
-        """Return what makes a session; a wrong argument shows now, and no session is made."""
+        """Return a session factory; refuse wrong arguments now, without creating a session."""
         keywords: dict[str, Any] = {"expire_on_commit": False, **arguments}
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
         base: type[Session] = keywords.pop("sync_session_class", None) or class_.sync_session_class
@@ -203,7 +204,7 @@ class Database(Generic[S_co]):
         if settings is not PLAIN:
             route = SettingsRoute(settings, self._watch, engine.sync_engine)
             for bind in (engine, *binds):
-                route.require(bind)  # refuses now what the database does not have
+                route.require(bind)  # refuses settings that the database does not have
         for bind in binds:
             self._watch.listen(bind.sync_engine)
         resets_on_close = keywords.pop("close_resets_only", True)
@@ -233,19 +234,19 @@ class Database(Generic[S_co]):
 
 @define(eq=False, repr=False)
 class UnitConfig(Generic[S_co]):
-    """How units of work are opened; shared by all that are opened alike, and never changed."""
+    """The configuration of units of work; shared by all units opened alike, and never changed."""
 
     database: Database[S_co]
     settings: TransactionSettings
     make: Callable[[], S_co] | None = None
-    """What makes their sessions, if not the database's own maker of the moment."""
+    """The session factory, if not the database's current one."""
     limits: Limits | None = None
     commit_on_exit: bool = False
-    """What their ends do, and the units of their child tasks, unless they are told otherwise."""
+    """Whether the end of a unit commits; units of child tasks inherit it by default."""
 
 
 def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords: dict[str, Any]) -> None:
-    """Turn two-phase commit on where it is asked for, and refuse what does not go with it."""
+    """Enable two-phase commit if requested, and refuse arguments that conflict with it."""
     if settings.twophase:
         keywords["twophase"] = True
         if keywords.get("binds"):
@@ -256,14 +257,14 @@ def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords
 
 
 def default_session_class() -> type[AsyncSession]:
-    """Return SQLModel's session class where SQLModel is installed, else SQLAlchemy's.
+    """Return SQLModel's session class if SQLModel is installed, otherwise SQLAlchemy's.
 
-    Looked up when an engine is bound, not at import: SQLModel is slow to import.
+    It is looked up when an engine is bound, not at import: SQLModel is slow to import.
     """
     if importlib.util.find_spec("sqlmodel") is None:
         return AsyncSession
     try:
-        from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # see above
+        from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession  # noqa: PLC0415  # slow
     except ImportError as error:
         message = (
             f"SQLModel is installed and cannot be imported ({error}): repair or uninstall it, or choose the "

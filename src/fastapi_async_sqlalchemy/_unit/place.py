@@ -1,4 +1,4 @@
-"""The ContextVar of a database: what it holds, what is around that, and who holds the variable."""
+"""The context variable of a database: its values, the places around them, and its handle."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 @define(eq=False, repr=False, weakref_slot=False)
 class Place(Generic[S_co]):
-    """What the variable of a database may hold: a unit, units for each task, or the reason for none."""
+    """A value of a database's variable: a unit, units for each task, or the reason for none."""
 
     _outer: Place[S_co] | None = None
-    """What the variable held where this was bound; None at the outermost, and after the end."""
+    """The variable's value before this one was bound; None for the outermost, and after the end."""
     opened: S_co | None = None
 
     @property
     def closed(self) -> bool:
-        """Whether it has ended."""
+        """Whether the unit or block has ended."""
         return False
 
     @property
     def session(self) -> S_co:
-        """The session of the task that asks."""
+        """The session of the current task."""
         return self._here().session
 
     def _here(self) -> UnitOfWork[S_co]:
-        """Return the unit of the task that asks."""
+        """Return the unit of the current task."""
         raise NotImplementedError
 
 
 @define(eq=False, repr=False, weakref_slot=False)
 class NoUnit(Place[S_co]):
-    """Stands in the variable where no unit is bound, and gives the reason."""
+    """The variable's value where no unit is bound; it holds the reason."""
 
     _database: Database[S_co] | None = field(default=None, alias="database")
     _where: str = field(default="", alias="where")
@@ -49,11 +49,11 @@ class NoUnit(Place[S_co]):
 
     @property
     def closed(self) -> bool:
-        """There is no unit that could be open."""
+        """Always True: there is no unit that could be open."""
         return True
 
     def _here(self) -> NoReturn:
-        """Raise the error that names the way out."""
+        """Raise an error that names the remedy."""
         database = self._database
         if database is None or database.connected:
             raise MissingSessionError("" if database is None else database.name, self._where, self._remedy)
@@ -62,7 +62,7 @@ class NoUnit(Place[S_co]):
 
 @define(eq=False, repr=False)
 class Handle(Generic[S_co]):
-    """What a proxy holds: its database, and where the current unit is found."""
+    """A proxy's state: its database, and access to the current unit."""
 
     _database: Database[S_co]
     _current: ContextVar[Place[S_co]]
@@ -70,35 +70,35 @@ class Handle(Generic[S_co]):
     """The variable's ``get``."""
 
     def __deepcopy__(self, _: object) -> Self:
-        """Return the same handle: what is copied with its proxy goes on using the same database."""
+        """Return the same handle: a copied proxy goes on using the same database."""
         return self
 
 
 def around(place: Place[Any] | None) -> Iterator[Place[Any]]:
-    """Yield a place and what is around it, from the inside out."""
+    """Yield a place and the places around it, from the inside out."""
     while place is not None:
         yield place
         place = place._outer
 
 
 def bound_here() -> Iterator[Place[Any]]:
-    """Yield what the variables of all databases hold here, each with what is around it."""
+    """Yield the current values of all databases' variables, each with the places around it."""
     for value in copy_context().values():
         if isinstance(value, Place):
-            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # mypy finds a cast redundant
+            yield from around(value)  # pyright: ignore[reportUnknownArgumentType]  # redundant cast to mypy
 
 
 def open_unit(current: ContextVar[Place[S_co]]) -> UnitOfWork[S_co] | None:
-    """Return the open unit that is current here, if any."""
+    """Return the current open unit, if any."""
     found = current.get()
     return None if found.closed else found._here()
 
 
 def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_co]) -> None:
-    """Make what is around a block current again, if the block was, or what has ended inside of it.
+    """Make the outer place current again, if a block, or anything that has ended inside it, is current.
 
-    A generator may be closed in another context than it was entered in, as one that a loop has left early is:
-    where it was entered its unit stays current, and where it is closed nothing of it may be.
+    A generator may be closed in another context than it was entered in, for example after a loop left it
+    early. Its unit stays current in the first context, but must not be current in the second.
     """
     for place in around(current.get()):
         if place is ended:
@@ -108,7 +108,7 @@ def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_c
 
 
 def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
-    """Make the variable of one database."""
+    """Create the variable of one database."""
     remedy = (
         "open `async with db():` around the work, or call from within a request, where a middleware that "
         "uses it must be inside of the pair's own, and so be added before that"

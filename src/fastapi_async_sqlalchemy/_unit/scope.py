@@ -1,4 +1,4 @@
-"""``async with``: a new unit of work, one that is joined, or a savepoint of it."""
+"""``async with`` blocks: a new unit of work, a joined one, or a savepoint in one."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 @define(eq=False, repr=False)
 class OneUse:
-    """An async context manager that serves one use."""
+    """An async context manager for a single use."""
 
     _entered: bool = field(default=False, init=False)
 
     def _enter_once(self, database: str, opening: str | None = None) -> None:
-        """Raise ``UnitClosedError`` the second time."""
+        """Raise ``UnitClosedError`` on a second entry."""
         if self._entered:
             raise UnitClosedError(database, opening)
         self._entered = True
 
     def _require_entered(self, database: str) -> None:
-        """Raise ``UnitClosedError`` where a block is left that was never entered."""
+        """Raise ``UnitClosedError`` for the exit of a block that was never entered."""
         if not self._entered:
             raise UnitClosedError(database)
 
 
 @define(eq=False, repr=False)
 class UnitScope(OneUse, Generic[S_co]):
-    """What ``db(...)`` returns: opens, binds and ends one unit of work."""
+    """The result of ``db(...)``: it opens, binds and ends one unit of work."""
 
     config: UnitConfig[S_co]
     current: ContextVar[Place[S_co]]
@@ -57,7 +57,7 @@ class UnitScope(OneUse, Generic[S_co]):
 
     @property
     def database(self) -> Database[S_co]:
-        """The database of the unit."""
+        """The unit's database."""
         return self.config.database
 
     async def __aenter__(self) -> UnitOfWork[S_co]:
@@ -82,7 +82,7 @@ class UnitScope(OneUse, Generic[S_co]):
             elif not finish_idle(unit):
                 await finish(unit, Decision.of_exit(commit_on_exit=self.config.commit_on_exit))
         finally:
-            # generators may be closed in any order: an outer unit that has ended is passed over and dropped
+            # generators may be closed in any order: skip and drop outer units that have ended
             while isinstance(outer, UnitOfWork) and outer.closed and outer._scope is None:
                 outer = outer._outer
             unit._outer = outer
@@ -92,9 +92,9 @@ class UnitScope(OneUse, Generic[S_co]):
 
 @define(eq=False, repr=False)
 class PropagatingScope(OneUse, Generic[S_co]):
-    """What ``db(propagation=...)`` returns for anything but a new unit: it joins one, or opens one.
+    """The result of ``db(propagation=...)``: it joins the open unit, or opens a new one.
 
-    The unit that it joins is another block's to commit and to close.
+    A joined unit is committed and closed by the block that opened it.
     """
 
     new: UnitScope[S_co]
@@ -105,7 +105,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
     block: JoinedBlock = Factory(lambda: JoinedBlock(task_at_work()))
 
     def joins(self) -> UnitOfWork[S_co] | None:
-        """Return the open unit that the block would join here, if any; raises ``PropagationError``."""
+        """Return the open unit that the block would join, if any; raise ``PropagationError`` on conflict."""
         if self.propagation == "requires_new":
             return None
         name, found = self.new.database.name, open_unit(self.new.current)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def transaction_settings(
     read_only: object, isolation_level: object, deferrable: object, default: TransactionSettings
 ) -> TransactionSettings:
-    """Return settings, checked; the pair's own where nothing is asked."""
+    """Validate settings; return the pair's own if none is given."""
     if read_only is None and isolation_level is None and deferrable is None:
         return default
     if default.read_only and read_only is None:
@@ -46,7 +46,7 @@ def transaction_settings(
 
 
 def refuse_flush(name: str, session: Session) -> None:
-    """Let a session of a read-only unit flush nothing."""
+    """Refuse to flush changed objects in a session of a read-only unit."""
 
     def before_flush(session: Session, _context: UOWTransaction, _objects: object) -> None:
         changed = [one for one in session.dirty if session.is_modified(one)]
@@ -64,7 +64,7 @@ _CONNECTION: Final = (
 
 @define(eq=False, repr=False)
 class SettingsRoute:
-    """From the engine that a session chose to one over the same pool that begins with the settings."""
+    """A route from a session's chosen engine to one over the same pool that applies the settings."""
 
     settings: TransactionSettings
     watch: Watch
@@ -73,7 +73,7 @@ class SettingsRoute:
     _engines: dict[Engine, Engine] = Factory(dict["Engine", "Engine"])
 
     def __call__(self, bind: Engine | Connection) -> Engine:
-        """Return the engine; raises ``ConfigurationError`` where the settings cannot apply."""
+        """Return the engine; raise ``ConfigurationError`` if the settings cannot apply."""
         if not isinstance(bind, Engine):
             raise ConfigurationError(_CONNECTION.format("get_bind()"))
         if self.settings.twophase and bind is not self.own:
@@ -88,13 +88,13 @@ class SettingsRoute:
         return self._engines[bind]
 
     def require(self, bind: AsyncEngine | AsyncConnection) -> None:
-        """Raise ``ConfigurationError`` where the settings cannot apply to an engine of the session's."""
+        """Raise ``ConfigurationError`` if the settings cannot apply to an engine of the session."""
         if not isinstance(bind, AsyncEngine):
             raise ConfigurationError(_CONNECTION.format("session_args['binds']"))
         self(bind.sync_engine)
 
     def apply(self, session: AsyncSession) -> None:
-        """Have a session begin its transactions with the settings."""
+        """Make a session begin its transactions with the settings."""
         watched = cast("StatefulSession", session.sync_session)
         watched._fastapi_async_sqlalchemy.route = self
         if self.settings.read_only:

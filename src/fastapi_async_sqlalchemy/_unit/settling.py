@@ -1,4 +1,4 @@
-"""The one decision about a unit's transaction, and the unit's end."""
+"""The single decision about a unit's transaction, and the unit's end."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 _PATIENCE: Final = 30.0
-"""Seconds, where a pool has no deadline of its own; SQLAlchemy's default."""
+"""Seconds, for a pool without a timeout; SQLAlchemy's default."""
 _ROLLBACK_FAILED: Final = "ROLLBACK on %s failed; its connection is discarded."
 
 
 class Decision(Enum):
-    """What becomes of a transaction."""
+    """A decision about a transaction."""
 
     COMMIT = auto()
     ROLLBACK = auto()
     KEEP = auto()
-    """Nobody asked for a COMMIT: what only read gives its connection back, what was written is its owner's.
+    """No COMMIT was requested: a transaction that only read releases its connection, writes are kept.
 
-    At the end of the unit nobody can commit it any more: it is rolled back, with a WARNING.
+    At the end of the unit nobody can commit the writes any more: they are rolled back, with a WARNING.
     """
 
     @classmethod
     def of_exit(cls, *, commit_on_exit: bool) -> Decision:
-        """Decide about a block that ended without an error."""
+        """Return the decision for a block that ended without an error."""
         return cls.COMMIT if commit_on_exit else cls.KEEP
 
 
 class Outcome(Enum):
-    """What has become of a transaction."""
+    """The result of settling a transaction."""
 
     HELD = auto()
-    """User code holds it, or what was written is kept for its owner."""
+    """User code holds the transaction, or its writes are kept for their owner."""
     KEPT = auto()
-    """Nothing is open, and nothing was lost."""
+    """No transaction is open, and nothing was lost."""
     UNDONE = auto()
-    """It was rolled back, or is to be by the unit's end."""
+    """The transaction was rolled back, or the unit's end will roll it back."""
 
 
 class _Action(Enum):
@@ -67,18 +67,18 @@ class _Action(Enum):
     COMMIT = auto()
     ROLL_BACK = auto()
     RELEASE = auto()
-    """Give the connection of what only read back."""
+    """Release the connection of a transaction that only read."""
     LEAVE = auto()
-    """Leave a rollback to the end of the unit."""
+    """Leave the rollback to the end of the unit."""
     NOTHING = auto()
 
 
 HOLD, COMMIT, ROLL_BACK, RELEASE, LEAVE, NOTHING = _Action
-"""Looked up once: an enumeration's members are slow to come to."""
+"""Looked up once, because access to an enumeration's members is slow."""
 
 
 async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = False) -> Outcome:
-    """Carry a decision about the current transaction out; the last one leaves a rollback to ``finish()``."""
+    """Carry out a decision about the current transaction; the last one leaves a rollback to ``finish()``."""
     opened, session = unit.opened, unit._watched
     if opened is None or session is None:
         return Outcome.KEPT
@@ -95,9 +95,9 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
     elif action is RELEASE:
         try:
             await opened.run_sync(release)
-        except Exception:  # whatever it is, nothing was written
+        except Exception:  # any error: nothing was written
             logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
-    if action is ROLL_BACK or action is LEAVE:  # a set would be made
+    if action is ROLL_BACK or action is LEAVE:  # a set would be allocated
         return Outcome.UNDONE
     if unit._hooks is not None and not last and decision is not Decision.KEEP:
         await unit._hooks.settled(committed=decision is Decision.COMMIT)
@@ -105,7 +105,7 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
 
 
 def _choose(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision, *, last: bool) -> _Action:
-    """Choose what a decision means for the transaction as it is."""
+    """Choose the action that a decision requires in the transaction's current state."""
     if last and (decision is Decision.ROLLBACK or _is_discarded(unit, session, decision)):
         return LEAVE
     if not session.in_transaction() or (last and decision is Decision.KEEP and _is_busy(session)):
@@ -120,7 +120,7 @@ def _choose(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision,
 
 
 async def finish(unit: UnitOfWork[Any], decision: Decision) -> None:
-    """Settle what is left and close the unit for good."""
+    """Settle the rest and close the unit for good."""
     if finish_idle(unit):
         return
     session = cast("StatefulSession", unit._watched)
@@ -141,7 +141,7 @@ async def finish(unit: UnitOfWork[Any], decision: Decision) -> None:
 
 
 def finish_idle(unit: UnitOfWork[Any]) -> bool:
-    """Close a unit that has nothing left to settle; returns whether that was so."""
+    """Close a unit that has nothing left to settle; return whether it was closed."""
     session = unit._watched
     if session is not None:
         holder = session._fastapi_async_sqlalchemy.holder
@@ -163,13 +163,13 @@ async def abandon(unit: UnitOfWork[Any]) -> None:
 
 
 async def roll_back(unit: UnitOfWork[Any]) -> None:
-    """Roll back while the unit goes on; where that fails, the connection is discarded, to the same effect."""
+    """Roll back while the unit goes on; if that fails, discard the connection, to the same effect."""
     if unit.opened is not None:
         try:
             await unit.opened.run_sync(restoring.roll_back)
-        except Exception:  # whatever it is, the transaction is not committed
+        except Exception:  # any error: the transaction is not committed
             logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
-        if unit._hooks is not None:  # where no transaction was open
+        if unit._hooks is not None:  # if no transaction was open
             await unit._hooks.settled(committed=False)
 
 
@@ -181,7 +181,7 @@ async def _prepare(
     *,
     last: bool,
 ) -> Decision:
-    """Wait for what a COMMIT, or the unit's end, must not cut in two; returns what to decide by then."""
+    """Wait for operations that a COMMIT, or the unit's end, must not cut short; return the decision then."""
     state, hooks = session._fastapi_async_sqlalchemy, unit._hooks
     if last and state.streams and not state.busy():
         await opened.run_sync(_close_streams)
@@ -212,7 +212,7 @@ def _serves(task: asyncio.Task[Any] | None, unit: UnitOfWork[Any]) -> bool:
 
 
 def _patience(unit: UnitOfWork[Any]) -> float | None:
-    """Return how many seconds COMMIT waits for a block of another task: as long as for a connection."""
+    """Return how many seconds COMMIT waits for another task's block: as long as for a connection."""
     limits, pool = unit._config.limits, unit._database.engine.sync_engine.pool
     if limits is not None and limits.timeout is not None:
         return limits.timeout
@@ -220,7 +220,7 @@ def _patience(unit: UnitOfWork[Any]) -> float | None:
 
 
 async def _before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
-    """Let ``before_commit`` begin a transaction where none is open; returns what to decide."""
+    """Run ``before_commit`` hooks if no transaction is open, as they may begin one; return the decision."""
     if not hooks.rollback_only and not session.in_transaction():
         hooks.refuse_commit()
         await hooks.before_commit()
@@ -230,7 +230,7 @@ async def _before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
 
 
 async def _commit(unit: UnitOfWork[Any], opened: AsyncSession) -> bool:
-    """Commit; rolls back and returns False where a ``before_commit`` hook gives the transaction up."""
+    """Commit; roll back and return False if a ``before_commit`` hook has set rollback-only."""
     try:
         await opened.commit()
     except UnexpectedRollbackError:
@@ -242,7 +242,7 @@ async def _commit(unit: UnitOfWork[Any], opened: AsyncSession) -> bool:
 
 
 async def _close(unit: UnitOfWork[Any], *, committed: bool) -> None:
-    """Close the unit and its session, roll back what is open, and run the hooks that are left."""
+    """Close the unit and its session, roll back any open transaction, and run the remaining hooks."""
     opened, session = unit.opened, unit._watched
     unit.opened, unit._watched, unit._phase = None, None, CLOSED
     if opened is None or session is None:
@@ -260,11 +260,11 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
     try:
         if session.in_transaction():
             await opened.run_sync(restoring.roll_back)
-    except Exception:  # whatever it is, the transaction is not committed
+    except Exception:  # any error: the transaction is not committed
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
     finally:
         state.closed = True
-        if session.in_transaction():  # a listener has broken off its end
+        if session.in_transaction():  # a listener has interrupted its end
             await opened.run_sync(Session.invalidate)
         end(session)
 
@@ -274,7 +274,7 @@ def _is_busy(session: StatefulSession) -> bool:
 
 
 def _is_discarded(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision) -> bool:
-    """Whether the unit's end rolls back what nobody asked to commit; logs what that discards."""
+    """Whether the unit's end rolls back work that nobody asked to commit; logs the discarded work."""
     if decision is not Decision.KEEP:
         return False
     return _warn_of_discarded(unit, session) or (unit._hooks is not None and unit._hooks.mark is not None)

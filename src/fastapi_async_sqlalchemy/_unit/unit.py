@@ -1,4 +1,4 @@
-"""The unit of work, as its users hold it: its session, its outcome by name, savepoints and hooks."""
+"""The unit of work that users hold: its session, explicit outcomes, savepoints and hooks."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ if TYPE_CHECKING:
 
 
 class Phase(Enum):
-    """Where a unit is in its life."""
+    """The stage that a unit has reached."""
 
     FRESH = auto()
     OPEN = auto()
-    """It has a session."""
+    """The unit has a session."""
     CLOSED = auto()
 
 
 FRESH: Final = Phase.FRESH
 OPEN: Final = Phase.OPEN
 CLOSED: Final = Phase.CLOSED
-"""Looked up once: an enumeration's members are slow to come to."""
+"""Looked up once, because access to an enumeration's members is slow."""
 
 
 @define(eq=False, repr=False, weakref_slot=False)
 class UnitOfWork(Place[S_co]):
-    """Owns at most one session and settles its transactions.
+    """A unit of work: it owns at most one session and settles its transactions.
 
-    Opened by the middleware for each request, or by ``async with db() as unit:``; closed for good when
-    the request, or the block, ends. Later use raises ``UnitClosedError``.
-    ``opened`` is the session if one has been made and the unit is open, else None; it never makes one.
+    The middleware opens one for each request, ``async with db() as unit:`` one for each block. It is
+    closed for good when the request or the block ends; later use raises ``UnitClosedError``.
+    ``opened`` is the session if one exists and the unit is open, otherwise None. It never creates one.
     """
 
     _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
     _scope: Scope | None = field(default=None, kw_only=True, alias="scope")
-    """The ASGI scope of the request that it belongs to."""
+    """The ASGI scope of the request that the unit serves."""
     _watched: StatefulSession | None = None
     """The synchronous side of the opened session, which carries its state."""
     _phase: Phase = FRESH
     _hooks: Hooks | None = None
-    """Made with the session, so that whoever has hooks has a session."""
+    """Created after the session, so that a unit with hooks always has a session."""
     _joined: list[JoinedBlock] | None = None
-    """The blocks that have joined it and are open."""
+    """The open blocks that have joined the unit."""
     _info: dict[str, Any] | None = None
 
     @property
@@ -71,7 +71,7 @@ class UnitOfWork(Place[S_co]):
 
     @property
     def session(self) -> S_co:
-        """The unit's session, made on first use; a connection is checked out by its first statement."""
+        """The unit's session, created on first use; its first statement checks a connection out."""
         return self._open() if self.opened is None else self.opened
 
     @property
@@ -82,9 +82,9 @@ class UnitOfWork(Place[S_co]):
         return self._info
 
     async def commit(self) -> None:
-        """Commit, give the connection back and run the ``on_commit`` hooks.
+        """Commit, release the connection and run the ``on_commit`` hooks.
 
-        The objects stay readable; the next statement begins the next transaction.
+        Loaded objects stay readable; the next statement begins the next transaction.
         """
         session, hooks = self.session, self._hooks
         if hooks is not None and not session.in_transaction():
@@ -97,9 +97,9 @@ class UnitOfWork(Place[S_co]):
             await hooks.settled(committed=True)
 
     async def rollback(self) -> None:
-        """Roll back, give the connection back and run the ``on_rollback`` hooks.
+        """Roll back, release the connection and run the ``on_rollback`` hooks.
 
-        Lifts what had made the unit rollback-only, too.
+        This also lifts any rollback-only mark.
         """
         session = self.session
         if session.in_transaction():
@@ -108,31 +108,31 @@ class UnitOfWork(Place[S_co]):
             await self._hooks.settled(committed=False)
 
     def savepoint(self) -> AsyncSessionTransaction:
-        """Return a SAVEPOINT for ``async with``: an error that leaves the block undoes the block alone.
+        """Return a SAVEPOINT for ``async with``; an error that leaves the block undoes only the block.
 
-        So does a flush that failed: where its error was swallowed in the block, the end of the block raises
-        SQLAlchemy's ``PendingRollbackError``.
+        A failed flush undoes the block, too. If its error was swallowed in the block, the end of the block
+        raises SQLAlchemy's ``PendingRollbackError``.
         """
         return Savepoint(self.session, nested=True)
 
     def on_commit(self, hook: Hook) -> None:
-        """Register what runs after the next COMMIT, with no connection held.
+        """Register a hook to run after the next COMMIT, with no connection held.
 
-        Hooks run in order; an error in one is logged and does not stop the others. One that was
-        registered inside a savepoint is dropped when the savepoint is rolled back. None runs when the
-        outcome of COMMIT is unknown. A hook may use the unit's session, or open a unit of its own; only
-        the latter where ``async with session.begin():`` committed.
+        Hooks run in order; an error in one is logged and does not stop the others. A hook registered
+        inside a savepoint is dropped when the savepoint is rolled back. No hook runs when the outcome of
+        COMMIT is unknown. A hook may use the unit's session or open a separate unit; only the latter works
+        if ``async with session.begin():`` committed.
         """
         self._register(hook, on_commit=True)
 
     def on_rollback(self, hook: Hook) -> None:
-        """Register what runs after the next ROLLBACK, with no connection held; else as ``on_commit``."""
+        """Register a hook to run after the next ROLLBACK; otherwise as ``on_commit``."""
         self._register(hook, on_commit=False)
 
     def before_commit(self, hook: Hook) -> None:
-        """Register what runs before the next COMMIT, inside its transaction, and may write.
+        """Register a hook to run before the next COMMIT, inside its transaction; it may write.
 
-        An error in it stops the COMMIT and goes on to whoever asked for that. Else as ``on_commit``.
+        An error in it stops the COMMIT and reaches the code that requested it. Otherwise as ``on_commit``.
         """
         _require_function(hook)
         hooks, registered = self._own_hooks(), RegisteredHook(run=hook, on_commit=True)
@@ -140,12 +140,12 @@ class UnitOfWork(Place[S_co]):
         hooks.share_fate(registered, self._savepoint())
 
     def on_begin(self, hook: BeginHook) -> None:
-        """Register what runs at the beginning of each transaction of the unit, before its first statement.
+        """Register a hook to run at the beginning of each transaction, before its first statement.
 
-        ``hook`` is a plain function; it gets SQLAlchemy's synchronous ``Connection``, whose ``execute()``
-        it calls without awaiting. An error in it stops the statement, and the connection is discarded.
-        Raises ``TransactionBegunError`` in the middle of a transaction; objects that were only added, and not
-        flushed, have not begun one.
+        ``hook`` is a plain function. It gets SQLAlchemy's synchronous ``Connection``, whose ``execute()``
+        is called without ``await``. An error in it stops the statement, and the connection is discarded.
+        Raises ``TransactionBegunError`` inside a transaction. Objects that were added but not flushed have
+        not begun one.
         """
         _require_function(hook)
         if inspect.iscoroutinefunction(hook):
@@ -160,23 +160,23 @@ class UnitOfWork(Place[S_co]):
         self._own_hooks().begin.append(hook)
 
     def set_rollback_only(self) -> None:
-        """Have the transaction rolled back where the unit would commit it by itself.
+        """Mark the transaction as rollback-only, so that the unit rolls it back instead of committing.
 
-        A COMMIT that is asked for by name raises ``UnexpectedRollbackError``. ``rollback()`` lifts it, and
-        so does the rollback of the savepoint that it was called in.
+        An explicit COMMIT raises ``UnexpectedRollbackError``. ``rollback()`` lifts the mark, as does the
+        rollback of the savepoint in which it was set.
         """
         self._mark_rollback_only(ROLLBACK_ONLY, None)
 
     @property
     def _database(self) -> Database[S_co]:
-        """The database that the unit is of."""
+        """The unit's database."""
         return self._config.database
 
     def _here(self) -> Self:
         return self
 
     def _join(self, block: JoinedBlock) -> None:
-        """Take note of a block that joins the unit."""
+        """Record a block that joins the unit."""
         if self._joined is None:
             self._joined = []
             if self._watched is not None:
@@ -184,21 +184,21 @@ class UnitOfWork(Place[S_co]):
         self._joined.append(block)
 
     def _leave(self, block: JoinedBlock) -> None:
-        """Take note that a block which joined the unit has been left."""
+        """Record that a joined block has been left."""
         if self._joined is not None:
             self._joined.remove(block)
         block.ended.set()
 
     def _belongs_to(self, scope: Scope) -> bool:
-        """Whether this is the unit of a request, also where a middleware has copied the scope since."""
+        """Whether this is the unit of a request, even if a middleware has since copied the scope."""
         own = self._scope
         if own is None or own is scope:
             return own is not None
-        version = own.get("asgi")  # a dictionary of each request's own, which copies share and nobody changes
+        version = own.get("asgi")  # one dictionary per request: copies share it and nobody changes it
         return version is not None and version is scope.get("asgi")
 
     def _open(self) -> S_co:
-        """Make the session."""
+        """Create the session."""
         if self._phase is CLOSED:
             raise UnitClosedError(self._database.name)
         config = self._config
@@ -222,13 +222,13 @@ class UnitOfWork(Place[S_co]):
         hooks.share_fate(registered, self._savepoint())
 
     def _mark_rollback_only(self, reason: str, cause: BaseException | None) -> None:
-        """Let the transaction, or the current savepoint, only be rolled back."""
+        """Mark the transaction, or the current savepoint, as rollback-only."""
         hooks, mark = self._own_hooks(), RollbackMark(reason=reason, cause=cause)
         hooks.marks.append(mark)
         hooks.share_fate(mark, self._savepoint())
 
     def _own_hooks(self) -> Hooks:
-        """Return the unit's hooks, made with its session."""
+        """Return the unit's hooks; create them, and the session, on first use."""
         if self.opened is None:
             self._open()
         watched = self._watched
@@ -237,11 +237,11 @@ class UnitOfWork(Place[S_co]):
         return cast("Hooks", self._hooks)
 
     def _savepoint(self) -> SessionTransaction | None:
-        """Return the current savepoint, whose fate is shared by what is registered now."""
+        """Return the current savepoint; a registration made now is undone with it."""
         return None if self._watched is None else self._watched.get_nested_transaction()
 
     def _outer_holds(self) -> bool:
-        """Whether a unit around this one holds a connection."""
+        """Whether an enclosing unit holds a connection."""
         units = (unit for unit in around(self._outer) if isinstance(unit, UnitOfWork))
         return any(unit._watched is not None and unit._watched.in_transaction() for unit in units)
 
@@ -256,9 +256,9 @@ class UnitOfWork(Place[S_co]):
 
 
 class Savepoint(AsyncSessionTransaction):
-    """A savepoint whose block does not end well once a flush in it has failed.
+    """A savepoint whose block raises at its end if a flush in it has failed.
 
-    SQLAlchemy rolls back to the savepoint then, and its own block closes it without a word.
+    SQLAlchemy rolls back to the savepoint in that case, and its own block then closes it silently.
     """
 
     async def __aexit__(
@@ -282,7 +282,7 @@ def _require_function(hook: object) -> None:
 
 
 def _begun(session: Session) -> bool:
-    """Whether the current transaction has begun on a connection, or has a savepoint, which may be undone."""
+    """Whether the transaction has begun on a connection, or has a savepoint that may be undone."""
     transaction = session.get_transaction()
     if transaction is None:
         return False

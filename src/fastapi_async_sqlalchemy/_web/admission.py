@@ -1,4 +1,4 @@
-"""Admission: only so many requests at a time get as far as the application."""
+"""Admission: a limit on how many requests reach the application at a time."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _ADMITTED: Final = "fastapi_async_sqlalchemy.admitted"
-"""The scope's key of the set of admissions that the request has passed."""
+"""The scope's key for the set of admissions that the request has passed."""
 _MISTAKEN: Final = (400, 500)
-"""How FastAPI and others answer for an error of reading the body that they do not know."""
+"""The statuses by which FastAPI and others answer an unknown error while reading the body."""
 _BUSY: Final = "Too busy, try again later."
 
 
 @define(eq=False, repr=False)
 class Places:
-    """The places of one event loop; a place that is given back goes to whoever has waited longest."""
+    """The places of one event loop; a free place goes to the request that has waited longest."""
 
     free: int
     returning: deque[asyncio.Future[None]] = Factory(deque["asyncio.Future[None]"])
-    """Requests that had a place before, and come first."""
+    """Requests that had a place before; they come first."""
     arriving: deque[asyncio.Future[None]] = Factory(deque["asyncio.Future[None]"])
 
     def take_free(self) -> bool:
-        """Take a place if there is one that nobody waits for."""
+        """Take a place if one is free."""
         taken = self.free > 0
         self.free -= taken
         return taken
 
     async def take(self, waiting: deque[asyncio.Future[None]], seconds: float | None) -> bool:
-        """Take a place, or wait for one; returns whether it came in time."""
+        """Take a place, or wait for one; return whether it came in time."""
         if self.take_free():
             return True
         turn = asyncio.get_running_loop().create_future()
@@ -56,9 +56,9 @@ class Places:
                 await turn
         except BaseException as error:
             if turn.cancelled():
-                with suppress(ValueError):  # it was passed over meanwhile
+                with suppress(ValueError):  # give() has passed it over meanwhile
                     waiting.remove(turn)
-            else:  # it has come, too late
+            else:  # the place came too late
                 self.give()
             if isinstance(error, TimeoutError) and deadline.expired():
                 return False
@@ -78,33 +78,33 @@ class Places:
 
 @define(eq=False, repr=False)
 class Admitted:
-    """A request that has been let in, and its place."""
+    """An admitted request, and its place."""
 
     places: Places
     timeout: float | None
     held: bool = True
-    """Not while it waits for its client's body, and not once it is over."""
+    """False while it waits for the body from its client, and after it is over."""
     over: bool = False
     """Whether its response has started, or it has ended without one."""
     reading: bool = True
     """Whether more of its body is to come."""
     refused: HTTPException | None = None
-    """What it was told when it did not have its place back in time."""
+    """The error raised when it did not get its place back in time."""
 
     def leave(self) -> None:
-        """Give the place back, for good or for a while."""
+        """Give the place back, permanently or for a while."""
         if self.held:
             self.held = False
             self.places.give()
 
     async def receive(self, receive: Receive) -> Message:
-        """Hand out what the client sends; the place is another request's while the body is awaited."""
+        """Pass on the client's messages; the place is free for others while the body is awaited."""
         if self.at_body():
             return await self._receive_body(receive)
         return await receive()
 
     def at_body(self) -> bool:
-        """Whether what the client sends next may be awaited without a place."""
+        """Whether the client's next message may be awaited without a place."""
         return self.reading and not self.over
 
     async def _receive_body(self, receive: Receive) -> Message:
@@ -122,7 +122,7 @@ class Admitted:
         return message
 
     def mistakes(self, status: int) -> bool:
-        """Whether an answer takes the refusal for a mistake of the client's or of the application's."""
+        """Whether a response misreports the refusal as an error of the client or the application."""
         return self.refused is not None and status in _MISTAKEN
 
     def let_through(self, error: Exception) -> bool:
@@ -133,9 +133,9 @@ class Admitted:
         return error is self.refused
 
     async def _return(self) -> None:
-        """Take a place again, before those who come only now.
+        """Take a place again, before newly arriving requests.
 
-        Not with a connection in hand: who has the place might be waiting for a connection.
+        This must not happen while a connection is held: the place's holder might be waiting for it.
         """
         self.held = await self.places.take(self.places.returning, self.timeout)
         if self.over:
@@ -147,26 +147,26 @@ class Admitted:
 
 @define(eq=False, repr=False)
 class Admission:
-    """Lets so many requests in at a time, each until its response starts; the others wait."""
+    """A limit on concurrent requests, each counted until its response starts; the others wait."""
 
     limit: int
     timeout: float | None
-    """In seconds; None waits as long as it takes."""
+    """In seconds; None waits indefinitely."""
     places: WeakKeyDictionary[asyncio.AbstractEventLoop, Places] = Factory(
         WeakKeyDictionary["asyncio.AbstractEventLoop", Places]
     )
     current: ContextVar[Admitted | None] = Factory(
         lambda: ContextVar["Admitted | None"]("fastapi_async_sqlalchemy.admitted", default=None)
     )
-    """The request from within which another one may be made in process."""
+    """The request inside which another one may be made in process."""
 
     def admitted(self, scope: Scope) -> bool:
-        """Whether the request needs no place: it has had its own, or is part of one that holds its place."""
+        """Whether the request needs no place: it has had one, or is part of a request that holds one."""
         outer = self.current.get()
         return self in scope.get(_ADMITTED, ()) or (outer is not None and outer.held)
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request when it is its turn; answer 503 if that does not come in time."""
+        """Serve a request when it gets a place; answer 503 if that is not in time."""
         scope.setdefault(_ADMITTED, set()).add(self)
         loop = asyncio.get_running_loop()
         places = self.places.get(loop)
@@ -204,7 +204,7 @@ class Admission:
 
 
 def _holds_connection() -> bool:
-    """Whether a unit of work that can be seen here may hold a connection."""
+    """Whether a unit of work visible in this context may hold a connection."""
     open_places = (place for place in bound_here() if not place.closed)
     return any(not isinstance(place, UnitOfWork) or _in_transaction(place) for place in open_places)
 
@@ -214,7 +214,7 @@ def _in_transaction(unit: UnitOfWork[Any]) -> bool:
 
 
 def admission(limit: object, timeout: object) -> Admission | None:
-    """Return the admission that a middleware asks for, checked."""
+    """Validate a middleware's limits and return its admission, if any."""
     seconds = optional_seconds("request_queue_timeout", timeout)
     places = optional_count("max_concurrent_requests", limit)
     if places is None:
@@ -226,7 +226,7 @@ def admission(limit: object, timeout: object) -> Admission | None:
 
 
 def unavailable(retry_after: float) -> PlainTextResponse:
-    """Return 503 with ``Retry-After``."""
+    """Return a 503 response with ``Retry-After``."""
     return PlainTextResponse(_BUSY, 503, _retry_after(retry_after))
 
 

@@ -1,4 +1,4 @@
-"""The answer for a COMMIT that failed: by the application's own handler of the error."""
+"""The answer for a failed COMMIT, by the application's own handler of the error."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _KEPT_PARTS: Final = 256
 _KEPT_BYTES: Final = 1 << 20
-"""The longest body of a request that is kept for the handler of a failed commit."""
+"""The longest request body that is kept for the handler of a failed commit."""
 _KEPT_IN_ALL: Final = 64 << 20
-"""The most that one middleware keeps of all its requests."""
+"""The most that one middleware keeps for all its requests."""
 NOT_KEPT: Final[tuple[Message, ...]] = ({"type": "http.disconnect"},)
-"""What that handler is given in place of another body, so that it does not wait for what was read."""
+"""Replaces a body that was not kept, so that the handler does not wait for messages already read."""
 _OUTSIDE: Final = frozenset[object]({500, Exception})
-"""The keys whose handler is that of Starlette's ServerErrorMiddleware, outside, which also re-raises."""
+"""The keys of Starlette's outer ServerErrorMiddleware, whose handler also re-raises."""
 _NEVER_READ: Final = frozenset({"starlette", "fastapi", __name__.partition(".")[0]})
 """The packages whose own handlers answer without reading the request's body."""
 
@@ -34,7 +34,7 @@ _NEVER_READ: Final = frozenset({"starlette", "fastapi", __name__.partition(".")[
 async def answer(
     failure: Exception, app: object, scope: Scope, *, replay: Receive, receive: Receive, send: Send
 ) -> None:
-    """Answer for a failed commit by the application's own handler; without one, raise the error."""
+    """Answer a failed commit by the application's own handler; without one, raise the error."""
     handler = _handler(failure, app, scope)
     if handler is None:
         raise failure
@@ -50,7 +50,7 @@ async def answer(
 
 def _handler(error: Exception, app: object, scope: Scope) -> Callable[..., Any] | None:
     """Find the handler of an error as Starlette does."""
-    # a mounted application has put itself into the scope: its handlers come first, as for any error
+    # a mounted application replaces scope["app"]: its handlers come first, as for any error
     for one in (scope.get("app"), app):
         handlers: Mapping[Any, Callable[..., Any]] = getattr(one, "exception_handlers", {})
         keys = (error.status_code,) if isinstance(error, HTTPException) else ()
@@ -84,14 +84,14 @@ def _is_flat(app: object) -> bool:
 
 @define(eq=False, repr=False)
 class KeptBodies:
-    """The bodies that a middleware keeps for the handlers of failed commits, as parts of each request."""
+    """The request bodies that a middleware keeps for the handlers of failed commits."""
 
     size: int = 0
     _lock: Lock = Factory(Lock)
     """A middleware may serve several event loops."""
 
     def keep(self, received: tuple[Message, ...], message: Message) -> tuple[Message, ...]:
-        """Add a part to a request's body, unless that body or all together grow too long."""
+        """Add a part to a request's body, unless that body or the total becomes too long."""
         if received is NOT_KEPT:
             return received
         before, size = _size(received), _size((message,))
@@ -104,7 +104,7 @@ class KeptBodies:
         return NOT_KEPT
 
     def release(self, received: tuple[Message, ...]) -> None:
-        """Count a request's body no more."""
+        """Stop counting a request's body."""
         with self._lock:
             self.size -= _size(received)
 
@@ -114,4 +114,4 @@ def _size(received: tuple[Message, ...]) -> int:
 
 
 async def drop(*_: object) -> None:
-    """Take the place of sending a message of an abandoned response."""
+    """Replace the sending of a message of an abandoned response."""

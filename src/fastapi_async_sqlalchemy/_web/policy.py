@@ -1,4 +1,4 @@
-"""What a response decides: commit, roll back, or neither."""
+"""The decision that a response makes: commit, roll back, or neither."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .._unit.settling import Decision
 from ..exceptions import ConfigurationError
 
 CommitWhen: TypeAlias = Callable[[int, BaseException | None], bool]
-"""A caller's own rule: the response's status and the exception being handled in, commit or not out."""
+"""A caller's own rule: takes the status and the exception being handled, returns whether to commit."""
 
 
 @frozen(kw_only=True)
 class CommitPolicy:
-    """What a response decides about its transaction."""
+    """The rule by which a response decides about its transaction."""
 
     commit_on_exit: bool
     commit_when: CommitWhen | None
 
     @property
     def may_commit(self) -> bool:
-        """Whether any response is committed; what user code commits itself needs no decision."""
+        """Whether any response is committed; explicit commits of user code need no decision."""
         return self.commit_on_exit or self.commit_when is not None
 
     def response(self, status: int, exception: BaseException | None) -> Decision:
-        """Decide when the response starts."""
+        """Return the decision at the start of the response."""
         if self.commit_when is not None:
             commits = boolean("what commit_when returns", self.commit_when(status, exception))
             return Decision.COMMIT if commits else Decision.ROLLBACK
@@ -38,9 +38,9 @@ class CommitPolicy:
         return Decision.of_exit(commit_on_exit=self.commit_on_exit)
 
     def tail(self, standing: Decision | None, *, complete: bool) -> Decision:
-        """Decide when the application has returned, unless a decision of the response's start stands.
+        """Return the decision after the application has returned; one made at the response's start stands.
 
-        A response that is not complete is no success: the client has left, or the application gave up.
+        An incomplete response is no success: the client has left, or the application gave up.
         """
         decision = standing or Decision.of_exit(commit_on_exit=self.commit_on_exit)
         return decision if complete or decision is not Decision.COMMIT else Decision.ROLLBACK
@@ -50,7 +50,7 @@ _ERROR_STATUS: Final = 400
 
 
 def commit_policy(commit_on_exit: object, commit_when: CommitWhen | None) -> CommitPolicy:
-    """Return a policy, checked: a rule that is a coroutine function would always be true."""
+    """Return a validated policy. A coroutine function is refused, because its result is always true."""
     rule: object = commit_when
     if rule is not None and (not callable(rule) or inspect.iscoroutinefunction(rule)):
         wanted = "a plain function of a status and an exception"

@@ -1,4 +1,4 @@
-"""A request: its unit of work, settled before the response starts, and the response's way to the client."""
+"""A request: its unit of work, settled before the response starts, and the sending of its response."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LAST_OF_A_RESPONSE: Final = frozenset(
 
 @define(eq=False, repr=False, weakref_slot=False)
 class RequestUnit(UnitOfWork[Any]):
-    """A request's unit, and its response on its way to the client: one object, as every request makes it."""
+    """A request's unit and its response, in one object because every request creates it."""
 
     _policy: CommitPolicy = field(kw_only=True, alias="policy")
     _listen: Receive = field(kw_only=True, alias="listen")
@@ -47,31 +47,31 @@ class RequestUnit(UnitOfWork[Any]):
     _app: object = field(init=False)
     """The application, whose exception handlers may answer for a failed commit."""
     _failure: Exception | None = None
-    """Why the response was abandoned: its commit failed."""
+    """The commit's error, for which the response was abandoned."""
     _standing: Decision | None = None
-    """The decision of the response's start, where it holds for the rest as well."""
+    """The decision of the response's start, if it holds for the rest as well."""
     _sent: Literal["nothing", "start", "end", "all", "cut"] = "nothing"
-    """How much of the response has gone out, or is about to; cut is one that will not go out whole."""
+    """How much of the response has been sent, or is being sent; ``cut`` is one that stays incomplete."""
     _received: tuple[Message, ...] = ()
-    """The request's body, as far as the application has asked for it before its response started."""
+    """The request's body, as far as the application has read it before its response started."""
     _ahead: int = 0
-    """How many messages are on their way that later ones must not overtake, since the start came."""
+    """How many messages are being sent, since the start, that later ones must not overtake."""
     _order: asyncio.Lock | None = None
-    """The queue of those that wait, made by the first one, and held by the start until that has gone out."""
+    """The queue of waiting messages, created by the first one; the start holds it until it was sent."""
     _committed: list[Database[Any]] | None = None
-    """The databases that middlewares inside have committed."""
+    """The databases that inner middlewares have committed."""
 
     def _send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, unless it would overtake another one."""
         return self._in_turn(message) if self._ahead else self._pass_on(message)
 
     async def _in_turn(self, message: Message) -> None:
-        """Pass a message on when those that were sent before, from whichever task, have gone out."""
+        """Pass a message on once all earlier ones, of any task, have been forwarded."""
         self._ahead += 1
         try:
             if self._order is None:
                 self._order = asyncio.Lock()
-                await self._order.acquire()  # for the start
+                await self._order.acquire()  # on behalf of the start
             async with self._order:
                 # the rest of a response whose start was cut short is dropped: another one may come
                 if self._sent != "nothing" or message["type"] == "http.response.start":
@@ -85,7 +85,7 @@ class RequestUnit(UnitOfWork[Any]):
             self._order = None
 
     def _pass_on(self, message: Message) -> Awaitable[None]:
-        """Settle the unit before the response starts, note the response's end, pass everything on."""
+        """Settle the unit before the response starts, record the response's end, pass everything on."""
         sent = self._sent
         if sent == "nothing":
             if message["type"] == "http.response.start":
@@ -102,7 +102,7 @@ class RequestUnit(UnitOfWork[Any]):
         return self._forward(message)
 
     async def _start(self, message: Message, exception: BaseException | None) -> None:
-        """Settle, then forward at once; what is sent meanwhile waits, and is dropped if the commit fails."""
+        """Settle, then forward; messages sent meanwhile wait, and are dropped if the commit fails."""
         first = not self._ahead
         self._ahead += 1
         try:
@@ -127,8 +127,8 @@ class RequestUnit(UnitOfWork[Any]):
             self._failure = failure = self._reported(error)
             self._sent = "cut"
             await roll_back(self)
-            raise failure  # noqa: B904  # it is the error itself, or has it as its cause
-        except BaseException:  # cut short, and something inside may answer for it
+            raise failure  # noqa: B904  # the error itself, or has it as its cause
+        except BaseException:  # cut short; something inside may answer instead
             self._sent = "nothing"
             raise
         finally:
@@ -143,13 +143,13 @@ class RequestUnit(UnitOfWork[Any]):
         self._note_commit(self._watched)
 
     async def _end(self, message: Message) -> None:
-        """Forward the last message of the body, and note that it went out."""
+        """Forward the last message of the body, and record that it was sent."""
         self._sent = "end"
         await self._forward(message)
         self._sent = "all"
 
     async def _receive(self) -> Message:
-        """Pass on what the client sends; that it left is noted, as some middlewares end the body then."""
+        """Pass on the client's messages; record a disconnect, as some middlewares end the body then."""
         message = await self._listen()
         if message["type"] == "http.request":
             if self._bodies is not None:
@@ -167,13 +167,13 @@ class RequestUnit(UnitOfWork[Any]):
             self._forget_body(NOT_KEPT)
 
     def _forget_body(self, rest: tuple[Message, ...]) -> None:
-        """Keep the request's body no longer; ``rest`` is what its handler would be given instead."""
+        """Stop keeping the request's body; ``rest`` is given to the handler instead."""
         if self._bodies is not None:
             self._bodies.release(self._received)
         self._received = rest
 
     async def _replay(self) -> Message:
-        """Hand the request's body out once more, to the handler of a failed commit."""
+        """Replay the request's body to the handler of a failed commit."""
         if not self._received:
             return await self._listen()
         message, *rest = self._received
@@ -188,7 +188,7 @@ class RequestUnit(UnitOfWork[Any]):
         await answer(failure, self._app, scope, replay=self._replay, receive=self._listen, send=self._forward)
 
     async def _finish_tail(self) -> None:
-        """Settle what the tail began, or what its owner still holds, and close the unit."""
+        """Settle work begun after the response's start, or still held by its owner, and close the unit."""
         decision = Decision.ROLLBACK
         if self._failure is None:
             decision = self._policy.tail(self._standing, complete=self._sent == "all")
@@ -201,19 +201,19 @@ class RequestUnit(UnitOfWork[Any]):
                 "that does not include what came later.",
                 self._database.name,
             )
-            raise self._reported(error)  # noqa: B904  # it is the error itself, or has it as its cause
+            raise self._reported(error)  # noqa: B904  # the error itself, or has it as its cause
         self._note_commit(session)
 
     def _note_commit(self, session: StatefulSession | None) -> None:
-        """Let the middlewares outside know that this database has committed something."""
+        """Inform outer middlewares that this database has committed writes."""
         if session is not None and session._fastapi_async_sqlalchemy.committed_writes:
             for unit in self._others():
                 unit._committed = [*(unit._committed or ()), self._database]
 
     def _others(self) -> Iterator[RequestUnit]:
-        """Find the units of other middlewares that the request has passed, as far as they can be seen here.
+        """Yield the units of other middlewares that the request has passed and that this context shows.
 
-        Each is bound to a variable of its own in this very context; the scope may be a copy on either side.
+        Each is bound to a separate variable in this context; the scope may be a copy on either side.
         """
         scope = cast("Scope", self._scope)
         for place in bound_here():
@@ -221,7 +221,7 @@ class RequestUnit(UnitOfWork[Any]):
                 yield place
 
     def _reported(self, error: Exception) -> Exception:
-        """Return the error of a commit, or the one that names the databases which committed before it."""
+        """Return the error of a commit, or one that names the databases which committed before it."""
         sessions = [(unit._database, unit._watched) for unit in self._others()]
         explicitly = [
             database

@@ -23,7 +23,7 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 @define(eq=False, repr=False)
 class SaturationWarning:
-    """Logs a WARNING when so large a part of a pool is checked out, and not again for some seconds."""
+    """A WARNING when a given share of a pool is checked out, repeated only after an interval."""
 
     threshold: float
     interval: float
@@ -32,7 +32,7 @@ class SaturationWarning:
     _engine: Engine | None = None
 
     def check(self, engine: Engine) -> None:
-        """Raise ``ConfigurationError`` for a pool that cannot fill."""
+        """Raise ``ConfigurationError`` for a pool without a limit."""
         if pool_status(engine.pool).capacity is None:
             kind = type(engine.pool).__name__
             message = (
@@ -42,7 +42,7 @@ class SaturationWarning:
             raise ConfigurationError(message)
 
     def begin(self, database: str, engine: Engine) -> None:
-        """Look at every checkout from the engine's pool, also from one that takes its place."""
+        """Watch every checkout from the engine's pool, and from a pool that replaces it."""
         self._database = database
         if engine is not self._engine:
             self.end()
@@ -50,7 +50,7 @@ class SaturationWarning:
             self._engine = engine
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop watching."""
         if self._engine is not None:
             event.remove(self._engine, "checkout", self._checkout)
             self._engine = None
@@ -60,7 +60,7 @@ class SaturationWarning:
             self.look(self._database, pool_status(self._engine.pool))
 
     def look(self, database: str, status: PoolStatus) -> None:
-        """Warn of what was just checked out."""
+        """Warn if the pool has reached the threshold."""
         now = monotonic()
         full = status.saturation is not None and status.saturation >= self.threshold
         if full and (self.warned is None or now - self.warned >= self.interval):
@@ -75,7 +75,7 @@ class SaturationWarning:
 
 
 def saturation_warning(threshold: object, interval: object) -> SaturationWarning | None:
-    """Return the warning that a middleware asks for, checked."""
+    """Validate a middleware's warning settings and return the warning, if any."""
     seconds = positive("pool_warn_interval", interval)
     if threshold is None:
         return None

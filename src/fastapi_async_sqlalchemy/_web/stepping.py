@@ -1,4 +1,4 @@
-"""An awaitable that has been stepped once, to learn whether it has to wait."""
+"""An awaitable that has been stepped once, to find out whether it has to wait."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class Stepped(Generic[T]):
-    """Awaits another awaitable, whose first step is taken at once, in the task that makes this object.
+    """A wrapper that takes an awaitable's first step immediately, in the task that creates it.
 
-    ``done`` says whether that was the last one. The rest is taken where this object is awaited, which is to
-    be done by the same task, before anything else is.
+    ``done`` says whether that step was the last one. Awaiting this object takes the rest. The same task
+    must do so before it awaits anything else.
     """
 
     __slots__ = ("_coroutine", "_result", "_waiting", "done")
@@ -36,7 +36,7 @@ class Stepped(Generic[T]):
         while not self.done:
             try:
                 value = yield self._waiting
-            except BaseException as error:  # noqa: BLE001  # handed on, as await would
+            except BaseException as error:  # noqa: BLE001  # passed on, as await would
                 self._step(partial(self._coroutine.throw, error))
             else:
                 self._step(partial(self._coroutine.send, value))
