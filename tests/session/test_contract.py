@@ -122,7 +122,9 @@ async def test_statement_is_no_flush(postgresql_worker: Site) -> None:
     async with postgresql_worker.db() as unit:
         with pytest.raises(IntegrityError):
             await unit.session.execute(Note.__table__.insert().values([{"text": "a"}, {"text": "a"}]))
-        with pytest.raises(UnexpectedRollbackError, match="because a statement in it failed and the database"):
+        with pytest.raises(
+            UnexpectedRollbackError, match="because a statement in it failed and the database"
+        ):
             await unit.session.commit()
 
 

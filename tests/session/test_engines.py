@@ -78,7 +78,8 @@ async def test_first_statement_fails(routed: Routed) -> None:
     async def work() -> None:
         async with routed.db(commit_on_exit=True) as unit:
             await unit.session.execute(
-                text("INSERT INTO note (text) VALUES ('own')"), bind_arguments={"bind": routed.own.sync_engine}
+                text("INSERT INTO note (text) VALUES ('own')"),
+                bind_arguments={"bind": routed.own.sync_engine},
             )
             with suppress(DBAPIError):
                 await routed.send(select(func.nothing(Note.text)))
@@ -237,7 +238,9 @@ async def test_connection_instead_of_an_engine(
                 await send(unit.session)
 
 
-@pytest.mark.parametrize("way", [WAYS["get_bind"], WAYS["bind_arguments"]], ids=["get_bind", "bind_arguments"])
+@pytest.mark.parametrize(
+    "way", [WAYS["get_bind"], WAYS["bind_arguments"]], ids=["get_bind", "bind_arguments"]
+)
 async def test_level_that_the_other_database_lacks(
     way: Way, postgresql_url: str, sqlite_url: str, judge_for: JudgeFor
 ) -> None:

@@ -120,7 +120,11 @@ async def test_no_place_for_nothing(sqlite_worker: Site, act: Act) -> None:
         ready.set()
         await done.wait()
 
-    async with db(multi_sessions=True, max_concurrent=1), asyncio.timeout(DEADLINE), asyncio.TaskGroup() as tasks:
+    async with (
+        db(multi_sessions=True, max_concurrent=1),
+        asyncio.timeout(DEADLINE),
+        asyncio.TaskGroup() as tasks,
+    ):
         tasks.create_task(wait())
         await ready.wait()
         await tasks.create_task(read(db))
@@ -129,7 +133,9 @@ async def test_no_place_for_nothing(sqlite_worker: Site, act: Act) -> None:
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("before", [None, begin_nested, flush, savepoint])
-async def test_execution_options(database_url: str, judge_for: JudgeFor, before: Act | None, limits: dict[str, Any]) -> None:
+async def test_execution_options(
+    database_url: str, judge_for: JudgeFor, before: Act | None, limits: dict[str, Any]
+) -> None:
     """Those of `connection()` apply as long as there is no connection, limited or not."""
     async with open_single(database_url, judge_for) as single, single.db(**limits) as unit:
         if before is begin_nested:
@@ -169,9 +175,8 @@ async def test_deadline_holds_after_the_turn(sqlite_url: str) -> None:
     _, db = create_middleware_and_session_proxy(AsyncSession)
     async with engine_with_tables(sqlite_url, pool_size=1, max_overflow=0) as engine:
         db.bind(engine)
-        async with engine.connect():
-            async with db(multi_sessions=True, max_concurrent=1, pool_timeout=0.1):
-                results = await asyncio.gather(*(read(db) for _ in range(3)), return_exceptions=True)
+        async with engine.connect(), db(multi_sessions=True, max_concurrent=1, pool_timeout=0.1):
+            results = await asyncio.gather(*(read(db) for _ in range(3)), return_exceptions=True)
         assert [type(result) for result in results] == [PoolTimeoutError] * 3
         db.unbind()
 
@@ -214,9 +219,7 @@ def find_deadlock(error: BaseException) -> bool:
     return isinstance(error, PropagationError)
 
 
-@pytest.mark.parametrize(
-    "wait", [nested_unit, gathered, grouped, gathered_deeply, gathered_one_by_one]
-)
+@pytest.mark.parametrize("wait", [nested_unit, gathered, grouped, gathered_deeply, gathered_one_by_one])
 @pytest.mark.parametrize("holder", ["owner", "task"])
 async def test_deadlock_with_oneself(sqlite_worker: Site, wait: Act, holder: str) -> None:
     """The holder of the last place who waits for somebody that needs it gets an error at once."""

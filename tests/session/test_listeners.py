@@ -155,7 +155,12 @@ def log() -> Log:
 @each_place
 @pytest.mark.parametrize("commit", COMMITS)
 async def test_after_commit(
-    place: Place, sqlite_url: str, judge_for: JudgeFor, log: Log, commit: Act, caplog: pytest.LogCaptureFixture
+    place: Place,
+    sqlite_url: str,
+    judge_for: JudgeFor,
+    log: Log,
+    commit: Act,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What is committed stays so: its hooks run, the error reaches the caller, and the connection returns."""
     with pytest.raises(BoomError, match="boom"):

@@ -50,7 +50,9 @@ OPENINGS: dict[str, Opening] = {
     "statement": opened_by(lambda session: session.execute(COLUMN.execution_options(**IN_PARTS))),
     "entities": opened_by(lambda session: session.execute(NOTES, execution_options=IN_PARTS)),
     "scalars": opened_by(lambda session: session.scalars(NOTES, execution_options=IN_PARTS)),
-    "scalars of the statement": opened_by(lambda session: session.scalars(COLUMN.execution_options(**IN_PARTS))),
+    "scalars of the statement": opened_by(
+        lambda session: session.scalars(COLUMN.execution_options(**IN_PARTS))
+    ),
     "partitions": opened_by(
         lambda session: session.scalars(COLUMN, execution_options=IN_PARTS).partitions(5)
     ),
