@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Select, select, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.asyncio.exc import AsyncMethodRequired
 from sqlalchemy.orm import Session
@@ -17,8 +17,8 @@ from tests.support.worker import open_worker
 
 TEXTS = [f"{number:03}" for number in range(300)]
 """More than the driver fetches at a time."""
-NOTES: Select[tuple[Note]] = select(Note).order_by(Note.text)
-COLUMN: Select[tuple[str]] = select(Note.text).order_by(Note.text)
+NOTES: Any = select(Note).order_by(Note.text)
+COLUMN: Any = select(Note.text).order_by(Note.text)
 TABLE = select(Note.__table__.c.text)
 """No entity of the ORM, which would fetch all of a `stream_results` at once."""
 IN_PARTS = {"yield_per": 7}
@@ -78,6 +78,11 @@ async def crowded_worker(url_by_driver: str, judge_for: JudgeFor) -> AsyncIterat
         yield worker
 
 
+async def read_one(session: AsyncSession, rows: Rows) -> None:
+    """Read the first row."""
+    await session.run_sync(lambda _: next(rows))
+
+
 async def read_on(session: AsyncSession, rows: Rows) -> int:
     """Read a result to its end, and count the rows, or the parts."""
     return await session.run_sync(lambda _: len(list(rows)))
@@ -88,7 +93,7 @@ async def test_statement_between_the_rows(crowded_worker: Site, opening: Opening
     """It is refused before the rows are lost, which can still be read; afterwards it is sent."""
     async with crowded_worker.db(commit_on_exit=True) as unit:
         rows = await opening(unit.session)
-        await unit.session.run_sync(lambda _: next(rows))
+        await read_one(unit.session, rows)
         with pytest.raises(ConcurrentUseError, match=LOST):
             await unit.session.scalar(select(Note.id).limit(1))
         with pytest.raises(ConcurrentUseError, match=LOST):
@@ -108,7 +113,7 @@ async def test_unit_that_ends_between_the_rows(crowded_worker: Site, opening: Op
             unit.session.add(Note(text=f"new {_}"))
             await unit.session.flush()
             rows = await opening(unit.session)
-            await unit.session.run_sync(lambda _, rows=rows: next(rows))
+            await read_one(unit.session, rows)
         assert crowded_worker.checked_out() == 0
     assert len(await crowded_worker.notes()) == len(TEXTS) + 2
 
@@ -123,7 +128,7 @@ async def test_options_of_the_session(crowded_worker: Site, by: str) -> None:
         db.bind(crowded_worker.engine, session_args=given)
     async with db(None if by == "pair" else given) as unit:
         rows = iter(await unit.session.run_sync(lambda session: session.execute(COLUMN)))
-        await unit.session.run_sync(lambda _: next(rows))
+        await read_one(unit.session, rows)
         with pytest.raises(ConcurrentUseError, match=LOST):
             await unit.session.execute(COLUMN)
         assert await read_on(unit.session, rows) == len(TEXTS) - 1
@@ -145,7 +150,7 @@ async def test_elsewhere(deferring_worker: Site) -> None:
     async with deferring_worker.db() as unit:
         for opening in OPENINGS.values():
             rows = await opening(unit.session)
-            await unit.session.run_sync(lambda _, rows=rows: next(rows))
+            await read_one(unit.session, rows)
             assert await unit.session.scalar(select(Note.text).limit(1)) is not None
             await read_on(unit.session, rows)
             await unit.rollback()
