@@ -175,7 +175,6 @@ async def test_after_commit(
     judge_for: JudgeFor,
     log: Log,
     commit: Act,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """What is committed stays so: its hooks run, the error reaches the caller, and the connection returns."""
     with pytest.raises(BoomError, match="boom"):
