@@ -21,6 +21,29 @@ from tests.support.site import MakeSite, Site, open_site
 from tests.support.stage import Stage
 from tests.support.worker import open_worker
 
+_DATABASES = {
+    "database_url": ["postgresql", "mariadb", "sqlite"],
+    "deferring_url": ["postgresql", "sqlite"],
+    "locking_url": ["postgresql", "mariadb"],
+}
+_BY_PSYCOPG = {
+    *("session.test_cancellation", "session.test_concurrency", "session.test_pool_timeout"),
+    *("session.test_streams", "tasks.test_retried_conflicts", "unit.test_hooks_outcome", "unit.test_unit"),
+    *("unit.test_transaction_settings", "unit.test_discarded"),
+}
+"""The suites in which a driver shows most: on PostgreSQL they run by psycopg, too."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each test its databases, where it does not choose them itself."""
+    chosen = {str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")}
+    chosen |= {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]}
+    for name, databases in _DATABASES.items():
+        if name in metafunc.fixturenames and name not in chosen:
+            suite = metafunc.module.__name__.removeprefix("tests.")
+            more = ["psycopg"] if suite in _BY_PSYCOPG else []
+            metafunc.parametrize(name, [*databases, *more], indirect=True)
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -120,7 +143,7 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
 
 
-@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest) -> str:
     """An empty database on each of the three in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")
@@ -158,7 +181,7 @@ async def make_site(judge_for: JudgeFor) -> AsyncIterator[MakeSite]:
         yield make
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
+@pytest.fixture
 def deferring_url(request: pytest.FixtureRequest) -> str:
     """An empty database on each of the two whose COMMIT can fail: MariaDB checks at every statement."""
     url: str = request.getfixturevalue(f"{request.param}_url")
@@ -172,7 +195,7 @@ def forgiving_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
-@pytest.fixture(params=["postgresql", "mariadb"])
+@pytest.fixture
 def locking_url(request: pytest.FixtureRequest) -> str:
     """An empty database on each of the two that lock rows, so that a statement can wait for another one's."""
     url: str = request.getfixturevalue(f"{request.param}_url")

@@ -24,6 +24,7 @@ from fastapi_async_sqlalchemy import (
     CommitWhen,
     ConcurrentUseError,
     ConfigurationError,
+    DBSessionMeta,
     EngineAlreadyBoundError,
     EngineArgs,
     FastAPIAsyncSQLAlchemyError,
@@ -107,6 +108,7 @@ ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession,
 assert_type(OrderMiddleware, type[SQLAlchemyMiddleware[OrderSession]])
 assert_type(HeroMiddleware, type[SQLAlchemyMiddleware[HeroSession]])
 assert_type(orders, SessionProxy[OrderSession])
+assert_type(orders, DBSessionMeta[OrderSession])
 assert_type(audit, SessionProxy[AuditSession])
 assert_type(heroes, SessionProxy[HeroSession])
 assert_type(sqlmodel_db, SessionProxy[SQLModelSession])

@@ -423,6 +423,8 @@ hooked: Hook = 3  # type: ignore[assignment]  # pyright: ignore[reportAssignment
 
 ConfigurationError("what").remedy  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 EngineAlreadyBoundError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+EngineAlreadyBoundError(database="orders", holder=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+EngineAlreadyBoundError(database="orders", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SessionNotInitialisedError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SessionNotInitialisedError()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 MissingSessionError(database=5, place="here", remedy="open one")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI reads dependency()'s annotations
@@ -292,7 +292,7 @@ class SessionProxy(Handle[S_co]):
         return f"<SessionProxy of {self._database.name}>"
 
 
-DBSessionMeta = SessionProxy
+DBSessionMeta: TypeAlias = SessionProxy
 """The name of release 0.8."""
 
 

@@ -441,8 +441,8 @@ async def test_misplaced_url_is_not_quoted() -> None:
 
 
 DRIVERS = {
-    "a synchronous driver": "postgresql",
-    "a driver that is not installed": "postgresql+psycopg",
+    "a synchronous driver": "mysql",
+    "a driver that is not installed": "mssql+aioodbc",
     "an unknown dialect": "nosuch",
     "an unknown driver": "postgresql+nosuch",
     "SQLite": "sqlite",
@@ -637,9 +637,9 @@ def test_recovery_refuses_in_words(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake on its command line is told as such, without a traceback and without a secret."""
-    monkeypatch.setenv("REFUSED_DATABASE", URLS["plain"].replace("+asyncpg", ""))
+    monkeypatch.setenv("REFUSED_DATABASE", URLS["plain"].replace("postgresql+asyncpg", "mysql"))
     mistakes = {
-        "url: no driver of 'postgresql'": ["env:REFUSED_DATABASE"],
+        "url: no driver of 'mysql'": ["env:REFUSED_DATABASE"],
         "the environment has no 'NO_SUCH_DATABASE'": ["env:NO_SUCH_DATABASE"],
         "engines must be all databases of the transactions": [URLS["plain"]],
         "older_than must be a finite number above 0": ["--older-than", "0", URLS["plain"], f"{GOOD}_2"],

@@ -128,9 +128,9 @@ async def begin(session: AsyncSession) -> None:
 
 
 async def savepoint(session: AsyncSession) -> None:
-    """Begin a savepoint."""
+    """Begin a savepoint, which takes a connection with its first statement."""
     async with session.begin_nested():
-        pass
+        await session.execute(select(1))
 
 
 Act = Callable[[AsyncSession], Awaitable[object]]

@@ -71,7 +71,7 @@ def add_calls(site: Site) -> None:
     @site.app.get("/tail")
     async def tail() -> Response:
         async def body() -> AsyncIterator[bytes]:
-            yield (await call_inside(site.app, "/one")).body
+            yield bytes((await call_inside(site.app, "/one")).body)
 
         return StreamingResponse(body())
 
@@ -149,7 +149,7 @@ class Upload:
     """A POST whose client sends each part of its body when it is told to."""
 
     path: str = "/upload"
-    parts: "asyncio.Queue[Message]" = Factory(asyncio.Queue)
+    parts: "asyncio.Queue[Message]" = Factory(asyncio.Queue[Message])
     waiting: asyncio.Event = Factory(asyncio.Event)
     """Somebody waits for a part."""
     sent: list[Message] = Factory(list[Message])
@@ -244,7 +244,7 @@ class House:
 
 async def make_house(make_site: MakeSite, url: str, **options: Any) -> House:
     """Make a house."""
-    house = House(await make_site(url, **{"max_concurrent_requests": 1, **options}))
+    house = House(await make_site(url, max_concurrent_requests=1, **options))
     house.add_routes()
     return house
 
@@ -458,7 +458,11 @@ async def test_watching_for_the_client_to_leave(make_site: MakeSite, sqlite_url:
     @house.site.app.post("/watch")
     async def watch(request: Request) -> None:
         await request.body()
-        watching = asyncio.create_task(request.receive())
+
+        async def wait() -> Message:
+            return await request.receive()
+
+        watching = asyncio.create_task(wait())
         await upload.waiting.wait()
         house.entered.release()
         await house.leave.wait()

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp, Message, Scope
 
 from fastapi_async_sqlalchemy import add_pool_timeout_handler
 from tests.support.requests import conflict
@@ -29,7 +29,8 @@ MEBIBYTE = bytes(1 << 20)
 class Part(dict[str, Any]):
     """A message that tells whether anybody keeps it."""
 
-    __hash__ = object.__hash__  # type: ignore[assignment]  # by identity, for a set
+    def __hash__(self) -> int:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(self)
 
 
 @define(eq=False)
@@ -44,7 +45,7 @@ class Upload:
 
     async def call(self, app: ASGIApp) -> None:
         """Call the application; it returns when the application does."""
-        scope = {
+        scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
@@ -126,10 +127,17 @@ HANDLERS: dict[str, tuple[Callable[[FastAPI], object], bool]] = {
     "of Starlette's error": (lambda app: app.add_exception_handler(HTTPException, never), True),
 }
 """Ways to add a handler; and whether it could ask for the body of a request whose COMMIT failed."""
+
+
+def always(status: int, error: BaseException | None) -> bool:
+    """Commit."""
+    return True
+
+
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "commit_on_exit": {"commit_on_exit": True},
-    "commit_when": {"commit_when": lambda *_: True},
+    "commit_when": {"commit_when": always},
 }
 
 

@@ -182,7 +182,8 @@ def connecting(
             yield
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(middleware, **options)
+    added: Any = middleware
+    app.add_middleware(added, **options)
 
     @app.get("/")
     async def route() -> int | None:
@@ -394,7 +395,7 @@ async def test_watch_of_an_engine_that_is_unbound(sqlite_url: str, caplog: pytes
 
 
 async def test_engine_maker_that_was_replaced(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What replaces SQLAlchemy's `create_async_engine` after the import, as tracing does, makes the engines."""
+    """What replaces `create_async_engine` after the import, as tracing does, makes the engines."""
     made = list[AsyncEngine]()
 
     def traced(*args: Any, **options: Any) -> AsyncEngine:

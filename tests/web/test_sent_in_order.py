@@ -1,7 +1,7 @@
 """Messages go out in the order in which the application sent them, from whichever task."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from tests.support.site import MakeSite, Site
 from tests.support.tables import ORPHAN, Note, Reply
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+Work = Coroutine[Any, Any, None]
 DEADLINE = 30
 """Seconds after which something hangs."""
 
@@ -26,12 +27,17 @@ def part(text: str, *, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": text.encode(), "more_body": more}
 
 
+async def pass_on(send: Send, message: Message) -> None:
+    """Send a message, for a task."""
+    await send(message)
+
+
 @define(eq=False)
 class Stream:
     """An application whose start is settled while `meanwhile` sends parts of the body by tasks of its own."""
 
     site: Site
-    meanwhile: Callable[["Stream", Send], Awaitable[None]]
+    meanwhile: Callable[["Stream", Send], Work]
     use: Callable[[], Any] = lambda: None
     settling: asyncio.Event = Factory(asyncio.Event)
     settle: asyncio.Event = Factory(asyncio.Event)
@@ -57,7 +63,7 @@ class Stream:
         """Let a task for each name send it, one after the other, as far as it gets."""
         await self.settling.wait()
         for name in names:
-            self.tasks.append(asyncio.create_task(send(part(name))))
+            self.tasks.append(asyncio.create_task(pass_on(send, part(name))))
             await asyncio.sleep(0)  # the task has sent it
 
     async def ping_and_settle(self, send: Send) -> None:
@@ -77,13 +83,13 @@ async def call(app: ASGIApp, sent: list[str]) -> None:
     async def receive() -> Message:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "method": "GET", "path": "/", "headers": []}
+    scope: Scope = {"type": "http", "asgi": {"version": "3.0"}, "method": "GET", "path": "/", "headers": []}
     async with asyncio.timeout(DEADLINE):
         await app(scope, receive, send)
 
 
 async def site_with(
-    make_site: MakeSite, url: str, meanwhile: Callable[[Stream, Send], Awaitable[None]], **options: Any
+    make_site: MakeSite, url: str, meanwhile: Callable[[Stream, Send], Work], **options: Any
 ) -> tuple[Site, Stream]:
     """Make a site that is nothing but the stream."""
     site = await make_site(url, commit_on_exit=True, **options)
@@ -165,7 +171,11 @@ class GivesUp:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        task = asyncio.create_task(self.app(scope, receive, send), name="application")
+
+        async def call_application() -> None:
+            await self.app(scope, receive, send)
+
+        task = asyncio.create_task(call_application(), name="application")
         await asyncio.wait({task})
         await PlainTextResponse("too slow", 504)(scope, receive, send)
 

@@ -23,9 +23,9 @@ __all__ = [
 ]
 
 class FastAPIAsyncSQLAlchemyError(Exception): ...
+
 class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
     def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None: ...
-
 
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
     def __init__(self, database: str, holder: str | None = None, remedy: str | None = None) -> None: ...

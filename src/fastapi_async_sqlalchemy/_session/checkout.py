@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 from weakref import ref
 
 from attrs import Factory, define, frozen
@@ -19,13 +19,15 @@ from ..exceptions import PoolTimeoutError, PropagationError
 from .state import task_at_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Session
     from sqlalchemy.pool import Pool
 
     from .state import Shared
+
+T = TypeVar("T")
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -174,25 +176,38 @@ class Checkout:
     def connect(self, engine: Engine, outer_holds: Callable[[], bool] | None) -> Connection:
         """Check a connection out in time; called inside SQLAlchemy's greenlet."""
         if self.limits.places is not None and not self.placed:
-            await_only(self.limits.places.take(self))
+            self._wait_for(self.limits.places.take(self), self.limits.timeout, engine, lambda _: NO_PLACE)
             self.placed = True
         timeout, pool = self.limits.timeout, engine.pool
         if timeout is None and isinstance(pool, QueuePool):
             timeout = pool.timeout()
+
+        def remedy(status: PoolStatus) -> str:
+            return _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
+
+        return self._wait_for(greenlet_spawn(type(engine).connect, engine), timeout, engine, remedy)
+
+    def _wait_for(
+        self,
+        coming: Coroutine[Any, Any, T],
+        timeout: float | None,
+        engine: Engine,
+        remedy: Callable[[PoolStatus], str],
+    ) -> T:
+        """Wait for one thing in time; called inside SQLAlchemy's greenlet."""
         deadline = asyncio.timeout(timeout)
+
+        async def within() -> T:
+            async with deadline:
+                return await coming
+
         try:
-            return await_only(self._check_out(engine, deadline))
+            return await_only(within())
         except TimeoutError as error:
             if timeout is None or not deadline.expired():
                 raise  # a driver's own
-            status = pool_status(pool)
-            remedy = _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
-            raise PoolTimeoutError(self.database, timeout, status, remedy) from error
-
-    @staticmethod
-    async def _check_out(engine: Engine, deadline: asyncio.Timeout) -> Connection:
-        async with deadline:
-            return await greenlet_spawn(type(engine).connect, engine)
+            status = pool_status(engine.pool)
+            raise PoolTimeoutError(self.database, timeout, status, remedy(status)) from error
 
     def after_operation(self, session: Session) -> None:
         """Give the place back once no transaction is open."""
@@ -201,6 +216,10 @@ class Checkout:
             self.limits.places.give_back(self)
 
 
+NO_PLACE: Final = (
+    "max_concurrent units of this block have one, this task's own perhaps among them, so raise it, or end "
+    "their transactions sooner"
+)
 _DEADLOCK: Final = "max_concurrent={} units of this block have a connection, and all wait for this one"
 _RAISE_LIMIT: Final = "raise max_concurrent, or end their transactions before"
 _NESTED: Final = (

@@ -72,13 +72,15 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
     state = session._fastapi_async_sqlalchemy
     state.closed = True
     connection = await opened.run_sync(_connection_at_hand)
-    if connection is not None and await end_statement(connection):
+    goes_on = connection is not None and await end_statement(connection)
+    ends_itself = connection is not None and not session.in_transaction()  # after its statement
+    if goes_on or ends_itself:
         await state.idle()
         return
     try:
         await opened.invalidate()
     except IllegalStateChangeError:
-        if state.operation in ENDINGS:
+        if state.operation in ENDINGS or connection is not None:
             await state.idle()
 
 

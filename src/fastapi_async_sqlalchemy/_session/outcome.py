@@ -124,6 +124,7 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
             ledger.forgive()
             return
         reason = "a statement in it failed and the database has given the transaction up"
+        ledger.failure = failure  # not that of the question
     raise UnexpectedRollbackError(database, reason) from failure
 
 

@@ -73,11 +73,28 @@ class JoinedBlock:
     task: asyncio.Task[Any] | None
     broken: bool = False
     """The transaction was rolled back in the middle of it."""
+    own: bool = False
+    """Its task serves the request of the unit itself."""
     ended: asyncio.Event = Factory(asyncio.Event)
 
     def elsewhere(self) -> bool:
         """Whether it runs in another task than the current one."""
-        return self.task is not task_at_work()
+        return not self.own and self.task is not task_at_work()
+
+    async def left(self) -> None:
+        """Wait until it is left, or its task has ended without that."""
+        if self.task is None:
+            await self.ended.wait()
+            return
+        left = asyncio.ensure_future(self.ended.wait())
+        try:
+            await asyncio.wait({left, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+
+    def left_behind(self) -> bool:
+        """Whether its task has ended and nobody has left it, as an abandoned generator does."""
+        return self.task is not None and self.task.done()
 
 
 class SessionState:
@@ -137,8 +154,8 @@ class SessionState:
         """Wait until the blocks of other tasks that have joined are left, or for so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                while elsewhere := [block for block in self.joined if block.elsewhere()]:
-                    await elsewhere[0].ended.wait()
+                while blocks := [one for one in self.joined if one.elsewhere() and not one.left_behind()]:
+                    await blocks[0].left()
 
     async def idle(self) -> None:
         """Wait until no other task is in the middle of an operation."""

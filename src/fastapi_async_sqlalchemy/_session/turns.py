@@ -227,15 +227,17 @@ def _leave(
 
 def _leave_to_others(session: StatefulSession, state: SessionState, task: asyncio.Task[Any] | None) -> None:
     """End an operation that somebody waits for, or that its unit did not wait for."""
-    if state.closed and session.in_transaction():
-        Session.close(session)  # the unit has ended meanwhile, and left the rest to this task
-        if state.checkout is not None:
-            state.checkout.after_operation(session)
-    if state.holder is task:
-        state.holder = None
-    if state.waiter is not None:
-        state.waiter.set_result(None)
-        state.waiter = None
+    try:
+        if state.closed and session.in_transaction():
+            Session.close(session)  # the unit has ended meanwhile, and left the rest to this task
+            if state.checkout is not None:
+                state.checkout.after_operation(session)
+    finally:  # ROLLBACK may fail, too
+        if state.holder is task:
+            state.holder = None
+        if state.waiter is not None:
+            state.waiter.set_result(None)
+            state.waiter = None
 
 
 def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
@@ -253,7 +255,8 @@ def _translate(state: SessionState, error: BaseException) -> None:
     name = state.shared.name
     if state.closed:
         raise UnitClosedError(name) from error
-    if type(error) is PendingRollbackError and state.operation == "commit" and state.ledger.failure:
+    flush_failed = type(error) is PendingRollbackError and state.operation == "commit"
+    if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
         pools = [engine.pool for engine in state.shared.loops.engines]

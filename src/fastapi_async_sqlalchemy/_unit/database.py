@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from weakref import ref
 
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
     from .._dialects.begin import TransactionSettings
@@ -196,16 +196,16 @@ class Database(Generic[S_co]):
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
         base: type[Session] = keywords.pop("sync_session_class", None) or class_.sync_session_class
         given: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
-        binds = [_sync(bind) for bind in given.values()]
+        binds = list(given.values())
         _apply_twophase(settings, engine, keywords)
         require_fitting(class_, base, engine, keywords)
         route = None
         if settings is not PLAIN:
             route = SettingsRoute(settings, self._watch, engine.sync_engine)
-            for bind in (engine.sync_engine, *binds):
-                route(bind)  # refuses now what the database does not have
+            for bind in (engine, *binds):
+                route.require(bind)  # refuses now what the database does not have
         for bind in binds:
-            self._watch.listen(bind.engine)
+            self._watch.listen(bind.sync_engine)
         resets_on_close = keywords.pop("close_resets_only", True)
         keywords |= {"close_resets_only": False, "sync_session_class": self._watch.session_class(base)}
 
@@ -253,10 +253,6 @@ def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords
             raise ConfigurationError(message)
     if settings.read_only and keywords.get("twophase"):
         require_read_only_twophase(engine)
-
-
-def _sync(bind: AsyncEngine | AsyncConnection) -> Engine | Connection:
-    return bind.sync_engine if isinstance(bind, AsyncEngine) else bind.sync_connection or bind.sync_engine
 
 
 def default_session_class() -> type[AsyncSession]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from attrs import Factory, define
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._arguments.checks import ISOLATION_LEVELS, boolean
 from .._dialects.begin import TransactionSettings, engine_for
@@ -14,7 +15,7 @@ from ..exceptions import ConfigurationError, ReadOnlyError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
     from sqlalchemy.orm import Session, UOWTransaction
 
     from .._session.state import StatefulSession
@@ -55,6 +56,12 @@ def refuse_flush(name: str, session: Session) -> None:
     event.listen(session, "before_flush", before_flush)
 
 
+_CONNECTION: Final = (
+    "{} holds a connection, whose transactions are its owner's: give an engine, or leave read_only, "
+    "isolation_level and deferrable out."
+)
+
+
 @define(eq=False, repr=False)
 class SettingsRoute:
     """From the engine that a session chose to one over the same pool that begins with the settings."""
@@ -68,11 +75,7 @@ class SettingsRoute:
     def __call__(self, bind: Engine | Connection) -> Engine:
         """Return the engine; raises ``ConfigurationError`` where the settings cannot apply."""
         if not isinstance(bind, Engine):
-            message = (
-                "A session was given a connection, whose transactions are its owner's: give an engine, "
-                "or leave read_only, isolation_level and deferrable out."
-            )
-            raise ConfigurationError(message)
+            raise ConfigurationError(_CONNECTION.format("get_bind()"))
         if self.settings.twophase and bind is not self.own:
             message = (
                 "A session of atomic() may use the engine of its pair alone: give each engine its own pair."
@@ -83,6 +86,12 @@ class SettingsRoute:
             self._engines[bind] = derived = engine_for(bind, self.settings, self.watch.xid)
             self.watch.loops.engines.add(derived)
         return self._engines[bind]
+
+    def require(self, bind: AsyncEngine | AsyncConnection) -> None:
+        """Raise ``ConfigurationError`` where the settings cannot apply to an engine of the session's."""
+        if not isinstance(bind, AsyncEngine):
+            raise ConfigurationError(_CONNECTION.format("session_args['binds']"))
+        self(bind.sync_engine)
 
     def apply(self, session: AsyncSession) -> None:
         """Have a session begin its transactions with the settings."""

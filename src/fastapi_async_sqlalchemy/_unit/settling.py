@@ -18,7 +18,10 @@ from ..exceptions import UnexpectedRollbackError
 from .unit import CLOSED
 
 if TYPE_CHECKING:
+    import asyncio
+
     from sqlalchemy.ext.asyncio import AsyncSession
+    from starlette.types import Scope
 
     from .._session.hooks import Hooks
     from .._session.state import StatefulSession
@@ -182,6 +185,8 @@ async def _prepare(
     state, hooks = session._fastapi_async_sqlalchemy, unit._hooks
     if last and state.streams and not state.busy():
         await opened.run_sync(_close_streams)
+    for block in state.joined:
+        block.own = block.own or _serves(block.task, unit)
     if decision is not Decision.COMMIT:
         return decision
     if state.joined:
@@ -189,6 +194,21 @@ async def _prepare(
     if state.holder is not None and (last or hooks is not None or has_written(session)):
         await state.idle()
     return decision if hooks is None else await _before_commit(hooks, session)
+
+
+def _serves(task: asyncio.Task[Any] | None, unit: UnitOfWork[Any]) -> bool:
+    """Whether a task runs the application for a unit's request, as below Starlette's BaseHTTPMiddleware.
+
+    It waits for the response to be passed on, so that the settlement must not wait for it.
+    """
+    call: Any = None if task is None or unit._scope is None else task.get_coro()
+    while call is not None:
+        frame = getattr(call, "cr_frame", None)
+        scope = None if frame is None else frame.f_locals.get("scope")
+        if isinstance(scope, dict) and unit._belongs_to(cast("Scope", scope)):
+            return True
+        call = getattr(call, "cr_await", None)
+    return False
 
 
 def _patience(unit: UnitOfWork[Any]) -> float | None:
