@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -121,7 +121,7 @@ async def test_statement_is_no_flush(postgresql_worker: Site) -> None:
     """A statement that failed is told as one, also where COMMIT is asked for by name."""
     async with postgresql_worker.db() as unit:
         with pytest.raises(IntegrityError):
-            await unit.session.execute(Note.__table__.insert().values([{"text": "a"}, {"text": "a"}]))
+            await unit.session.execute(insert(Note).values([{"text": "a"}, {"text": "a"}]))
         with pytest.raises(
             UnexpectedRollbackError, match="because a statement in it failed and the database"
         ):
@@ -197,7 +197,7 @@ async def test_refused_at_once(sqlite_url: str, wrong: dict[str, Any], class_: t
     with pytest.raises(ConfigurationError):
         db.bind(engine, session_args=sync)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError):
-        middleware(_application, custom_engine=engine, session_args=sync)  # type: ignore[arg-type]
+        middleware(_application, custom_engine=engine, session_args=sync)
     db.bind(engine)
     with pytest.raises(ConfigurationError):
         db(sync)  # type: ignore[arg-type]

@@ -150,7 +150,7 @@ async def test_commit_that_is_cut(routed: Routed, log: Log, caplog: pytest.LogCa
 @pytest.mark.parametrize("options", [{}, {"pool_timeout": 0.2}], ids=["pool's", "unit's"])
 @each_way
 async def test_no_connection_in_time(
-    way: Way, postgresql_url: str, judge_for: JudgeFor, options: dict[str, float]
+    way: Way, postgresql_url: str, judge_for: JudgeFor, options: dict[str, Any]
 ) -> None:
     """A pool there that has no connection in time is a `PoolTimeoutError`, with that pool's figures."""
     urls = postgresql_url, postgresql_url
@@ -217,25 +217,27 @@ async def test_connection_instead_of_an_engine(
     postgresql_url: str, judge_for: JudgeFor, by: str, settings: dict[str, Any]
 ) -> None:
     """Settings that cannot apply, because the transaction is somebody else's, are refused before all."""
-    async with open_routed(WAYS["derived"], (postgresql_url, postgresql_url), judge_for) as routed:
-        async with routed.other.connect() as connection:
-            given = {"bind": connection.sync_connection}
+    async with (
+        open_routed(WAYS["derived"], (postgresql_url, postgresql_url), judge_for) as routed,
+        routed.other.connect() as connection,
+    ):
+        given = {"bind": connection.sync_connection}
 
-            async def send(session: AsyncSession) -> None:
-                if by == "execute":
-                    await session.execute(TEA, bind_arguments=given)
-                elif by == "connection":
-                    await session.connection(bind_arguments=given)
-                else:
-                    session.sync_session.bind_mapper(Note, connection.sync_connection)  # type: ignore[arg-type]
-                    await session.execute(TEA)
+        async def send(session: AsyncSession) -> None:
+            if by == "execute":
+                await session.execute(TEA, bind_arguments=given)
+            elif by == "connection":
+                await session.connection(bind_arguments=given)
+            else:
+                session.sync_session.bind_mapper(Note, connection.sync_connection)  # type: ignore[arg-type]
+                await session.execute(TEA)
 
-            with pytest.raises(ConfigurationError, match="A session was given a connection"):
-                async with routed.db(**settings) as unit:
-                    await send(unit.session)
-            assert not connection.in_transaction()
-            async with routed.db(commit_on_exit=True) as unit:
+        with pytest.raises(ConfigurationError, match="A session was given a connection"):
+            async with routed.db(**settings) as unit:
                 await send(unit.session)
+        assert not connection.in_transaction()
+        async with routed.db(commit_on_exit=True) as unit:
+            await send(unit.session)
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,11 @@ async def test_turn_has_no_deadline(sqlite_url: str) -> None:
             await read(db)
             await asyncio.sleep(0.1)  # twice the deadline
 
-        for limits in ({}, {"pool_timeout": 0.05}):
-            async with db(multi_sessions=True, max_concurrent=1, **limits), asyncio.TaskGroup() as tasks:
+        for timeout in (None, 0.05):
+            async with (
+                db(multi_sessions=True, max_concurrent=1, pool_timeout=timeout),
+                asyncio.TaskGroup() as tasks,
+            ):
                 for _ in range(4):
                     tasks.create_task(work())
         assert checked_out(engine.pool) == 0

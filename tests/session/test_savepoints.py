@@ -1,4 +1,4 @@
-"""Savepoints: an error undoes all of its block, flushed or not, and the next one costs as much as the first."""
+"""Savepoints: an error undoes all of its block, flushed or not, and each costs as much as the first."""
 
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -139,12 +139,16 @@ async def test_without_a_flush(
 @each_block
 async def test_flush_that_was_swallowed(worker: Site, way: Open) -> None:
     """The end of the block says so, and what was added after the flush is gone."""
+
+    async def swallow(unit: Unit) -> None:
+        async with way(worker):
+            await fail_a_flush(unit.session)
+            unit.session.add(Note(text="late"))
+
     async with worker.db(commit_on_exit=True) as unit:
         await notes_there(worker)
         with pytest.raises(PendingRollbackError):
-            async with way(worker):
-                await fail_a_flush(unit.session)
-                unit.session.add(Note(text="late"))
+            await swallow(unit)
         unit.session.add(Note(text="after"))
     assert await worker.notes() == ["after", "kept", "there", "third"]
 

@@ -4,8 +4,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Select, select, text
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio.exc import AsyncMethodRequired
 from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import ConcurrentUseError
@@ -16,8 +17,10 @@ from tests.support.worker import open_worker
 
 TEXTS = [f"{number:03}" for number in range(300)]
 """More than the driver fetches at a time."""
-NOTES: Select[tuple[Note]] = select(Note).order_by(Note.text)
-COLUMN: Select[tuple[str]] = select(Note.text).order_by(Note.text)
+NOTES: Any = select(Note).order_by(Note.text)
+COLUMN: Any = select(Note.text).order_by(Note.text)
+TABLE = select(Note.__table__.c.text)
+"""No entity of the ORM, which would fetch all of a `stream_results` at once."""
 IN_PARTS = {"yield_per": 7}
 AT_THE_SERVER = {"stream_results": True}
 Rows = Iterator[Any]
@@ -35,15 +38,11 @@ def opened_by(opening: Callable[[Session], Any]) -> Opening:
     return open_rows
 
 
-async def by_scalars(session: AsyncSession) -> Rows:
-    """Ask the session for scalars; SQLAlchemy buffers what its own method returns."""
-    return iter(await session.scalars(COLUMN, execution_options=IN_PARTS))
-
-
 def by_connection_options(session: Session) -> Any:
     """Give the option to the connection."""
+    session.commit()
     session.connection(execution_options=AT_THE_SERVER)
-    return session.execute(COLUMN)
+    return session.execute(TABLE)
 
 
 OPENINGS: dict[str, Opening] = {
@@ -58,10 +57,9 @@ OPENINGS: dict[str, Opening] = {
         lambda session: session.scalars(COLUMN, execution_options=IN_PARTS).partitions(5)
     ),
     "mappings": opened_by(lambda session: session.execute(COLUMN, execution_options=IN_PARTS).mappings()),
-    "unique": opened_by(lambda session: session.scalars(NOTES, execution_options=IN_PARTS).unique()),
     "query": opened_by(lambda session: session.query(Note).order_by(Note.text).yield_per(7)),
     "query of columns": opened_by(lambda session: session.query(Note.text).yield_per(7)),
-    "stream_results": opened_by(lambda session: session.execute(COLUMN, execution_options=AT_THE_SERVER)),
+    "stream_results": opened_by(lambda session: session.execute(TABLE, execution_options=AT_THE_SERVER)),
     "text": opened_by(
         lambda session: session.execute(text("SELECT text FROM note").execution_options(**IN_PARTS))
     ),
@@ -80,6 +78,11 @@ async def crowded_worker(url_by_driver: str, judge_for: JudgeFor) -> AsyncIterat
         yield worker
 
 
+async def read_one(session: AsyncSession, rows: Rows) -> None:
+    """Read the first row."""
+    await session.run_sync(lambda _: next(rows))
+
+
 async def read_on(session: AsyncSession, rows: Rows) -> int:
     """Read a result to its end, and count the rows, or the parts."""
     return await session.run_sync(lambda _: len(list(rows)))
@@ -90,7 +93,7 @@ async def test_statement_between_the_rows(crowded_worker: Site, opening: Opening
     """It is refused before the rows are lost, which can still be read; afterwards it is sent."""
     async with crowded_worker.db(commit_on_exit=True) as unit:
         rows = await opening(unit.session)
-        await unit.session.run_sync(lambda _: next(rows))
+        await read_one(unit.session, rows)
         with pytest.raises(ConcurrentUseError, match=LOST):
             await unit.session.scalar(select(Note.id).limit(1))
         with pytest.raises(ConcurrentUseError, match=LOST):
@@ -110,7 +113,7 @@ async def test_unit_that_ends_between_the_rows(crowded_worker: Site, opening: Op
             unit.session.add(Note(text=f"new {_}"))
             await unit.session.flush()
             rows = await opening(unit.session)
-            await unit.session.run_sync(lambda _, rows=rows: next(rows))
+            await read_one(unit.session, rows)
         assert crowded_worker.checked_out() == 0
     assert len(await crowded_worker.notes()) == len(TEXTS) + 2
 
@@ -125,18 +128,19 @@ async def test_options_of_the_session(crowded_worker: Site, by: str) -> None:
         db.bind(crowded_worker.engine, session_args=given)
     async with db(None if by == "pair" else given) as unit:
         rows = iter(await unit.session.run_sync(lambda session: session.execute(COLUMN)))
-        await unit.session.run_sync(lambda _: next(rows))
+        await read_one(unit.session, rows)
         with pytest.raises(ConcurrentUseError, match=LOST):
             await unit.session.execute(COLUMN)
         assert await read_on(unit.session, rows) == len(TEXTS) - 1
 
 
-async def test_scalars_that_are_buffered(crowded_worker: Site) -> None:
-    """What the asynchronous session returns is read already, and leaves nothing behind."""
+@pytest.mark.parametrize("method", ["execute", "scalars"])
+async def test_method_that_buffers(crowded_worker: Site, method: str) -> None:
+    """The asynchronous methods refuse such a statement, as SQLAlchemy does, and leave nothing behind."""
     async with crowded_worker.db() as unit:
-        rows = await by_scalars(unit.session)
-        assert await unit.session.scalar(select(Note.text).limit(1)) == TEXTS[0]
-        assert list(rows) == TEXTS
+        with pytest.raises(AsyncMethodRequired):
+            await getattr(unit.session, method)(COLUMN, execution_options=IN_PARTS)
+        assert list(await unit.session.scalars(COLUMN)) == TEXTS
 
 
 async def test_elsewhere(deferring_worker: Site) -> None:
@@ -146,7 +150,7 @@ async def test_elsewhere(deferring_worker: Site) -> None:
     async with deferring_worker.db() as unit:
         for opening in OPENINGS.values():
             rows = await opening(unit.session)
-            await unit.session.run_sync(lambda _, rows=rows: next(rows))
+            await read_one(unit.session, rows)
             assert await unit.session.scalar(select(Note.text).limit(1)) is not None
             await read_on(unit.session, rows)
             await unit.rollback()

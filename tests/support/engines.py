@@ -22,7 +22,7 @@ ToArguments = Callable[[AsyncEngine], dict[str, Any]]
 class Routing(Session):
     """SQLAlchemy's own recipe: the class chooses the engine."""
 
-    def get_bind(self, *_: Any, **__: Any) -> Engine:  # type: ignore[override]
+    def get_bind(self, *_: Any, **__: Any) -> Engine:
         """Return the other engine."""
         other: AsyncEngine = self.info["other"]
         return other.sync_engine
