@@ -1,7 +1,7 @@
 """Blocks that joined a unit in another task: both halves are committed with the unit, or neither."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
@@ -30,7 +30,9 @@ from tests.support.worker import open_worker
 Db = SessionProxy[AsyncSession]
 JOINING: tuple[Propagation, ...] = ("required", "nested", "mandatory")
 BROKEN = r"it was rolled back in the middle of a block that had joined it: await the block's task before"
-IN_THE_MIDDLE = r"because task 'transfer' is in the middle of a block that has joined it: await the block's task"
+IN_THE_MIDDLE = (
+    r"because task 'transfer' is in the middle of a block that has joined it: await the block's task"
+)
 SHORT = 0.05
 """Seconds that are too few."""
 
