@@ -41,15 +41,17 @@ async def play(*arguments: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 async def test_loop_after_loop(driver_url: str, kind: str) -> None:
-    """Each `asyncio.run()` is served, also where tasks must wait for a connection, with pre-ping and without."""
+    """Each `asyncio.run()` is served, also where tasks must wait, with pre-ping and without."""
     for size, ping in ((1, True), (1, False), (5, True), (5, False)):
         await play(driver_url, kind, str(size), str(ping))
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["used early", "empty pool"])
 @pytest.mark.parametrize("by", ["bind", "custom_engine"])
-async def test_other_loop_at_the_same_time(driver_url: str, by: str, *, early: bool) -> None:
-    """`asyncio.run()` in a `def` route is refused from the first use on, and innocent requests keep their rows."""
+async def test_other_loop_at_the_same_time(  # noqa: C901  # one application
+    driver_url: str, by: str, *, early: bool
+) -> None:
+    """`asyncio.run()` in a `def` route is refused from its first use on, and innocents keep their rows."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     engine = create_async_engine(
         driver_url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0, pool_timeout=20

@@ -1,118 +1,27 @@
-"""Loaded values after a ROLLBACK that the package decides: readable, as loaded, and never written by accident."""
+"""Loaded values after a ROLLBACK that the package decides: readable, as loaded, never written by accident."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
+from fastapi import BackgroundTasks, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from sqlalchemy import ForeignKey, String, delete, func, inspect, select, text, update
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    WriteOnlyMapped,
-    attribute_keyed_dict,
-    mapped_column,
-    relationship,
-    selectinload,
-)
+from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastapi_async_sqlalchemy import SessionProxy, create_middleware_and_session_proxy
+from fastapi_async_sqlalchemy import SessionProxy
 from tests.support.databases import Judge, JudgeFor
+from tests.support.owners import LOADED, Owner, Pet, load, open_owners, values
 from tests.support.requests import DomainError
 from tests.support.site import Site
 from tests.support.stage import BoomError
 
 Db = SessionProxy[AsyncSession]
 Change = Callable[[AsyncSession, "Owner"], Awaitable[object]]
-
-
-class Base(DeclarativeBase):
-    """The metadata of the tables here."""
-
-
-class Owner(Base):
-    """A row with a version, a stamp that each UPDATE changes, and pets."""
-
-    __tablename__ = "owner"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    mail: Mapped[str] = mapped_column(String(100))
-    attempts: Mapped[int]
-    version: Mapped[int] = mapped_column()
-    stamp: Mapped[str] = mapped_column(String(100), default="made", onupdate=func.lower("CHANGED"))
-    local: Mapped[str] = mapped_column(String(100), default="made", onupdate=lambda: "changed")
-    pets: Mapped[list["Pet"]] = relationship(back_populates="owner", cascade="all, delete-orphan")
-    by_name: Mapped[dict[str, "Pet"]] = relationship(
-        collection_class=attribute_keyed_dict("name"), viewonly=True
-    )
-    later: WriteOnlyMapped["Pet"] = relationship(overlaps="pets,owner", passive_deletes=True)
-    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own form
-
-
-class Pet(Base):
-    """A row that belongs to an owner."""
-
-    __tablename__ = "pet"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(String(100))
-    owner_id: Mapped[int | None] = mapped_column(ForeignKey("owner.id"))
-    owner: Mapped[Owner | None] = relationship(back_populates="pets")
-
-
-LOADED = {
-    "id": 1,
-    "mail": "mail",
-    "attempts": 0,
-    "version": 1,
-    "stamp": "made",
-    "local": "made",
-    "pets": ["cat", "dog"],
-    "by_name": ["cat", "dog"],
-}
-
-
-def values(owner: Owner) -> dict[str, object]:
-    """Read all attributes, without a connection."""
-    return {
-        "id": owner.id,
-        "mail": owner.mail,
-        "attempts": owner.attempts,
-        "version": owner.version,
-        "stamp": owner.stamp,
-        "local": owner.local,
-        "pets": sorted(pet.name for pet in owner.pets),
-        "by_name": sorted(owner.by_name),
-    }
-
-
-async def load(session: AsyncSession) -> Owner:
-    """Load the owner, the pets and the pets' owner."""
-    query = select(Owner).options(selectinload(Owner.pets), selectinload(Owner.by_name))
-    return (await session.scalars(query)).one()
-
-
-@asynccontextmanager
-async def open_owners(url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
-    """Make an application whose database has an owner with two pets."""
-    middleware, db = create_middleware_and_session_proxy(AsyncSession)
-    engine = create_async_engine(url)
-    app = FastAPI()
-    app.add_middleware(middleware, custom_engine=engine, commit_on_exit=True)
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
-    async with AsyncSession(engine) as session:
-        session.add(Owner(mail="mail", attempts=0, pets=[Pet(name="cat"), Pet(name="dog")]))
-        await session.commit()
-    db.bind(engine)
-    try:
-        yield Site(app, db, engine, await judge_for(url))
-    finally:
-        await engine.dispose()
 
 
 @pytest.fixture
@@ -242,7 +151,7 @@ each_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 
 @each_change
 async def test_tail_of_a_rolled_back_request(owners: Site, change: Change) -> None:
-    """After a 401 the background task reads what was loaded, commits nothing of what was changed, and can write."""
+    """After a 401 the background task reads what was loaded, commits none of the changes, and can write."""
     seen = list[object]()
 
     async def tail(owner: Owner, session: AsyncSession) -> None:
@@ -297,7 +206,7 @@ class Log:
 
 @pytest.mark.parametrize("ending", ["returned", "raised", "handled", "unhandled", "discarded", "given up"])
 async def test_middleware_outside(owners: Site, ending: str) -> None:
-    """However a request was rolled back, a middleware outside and a handler's background task read its objects."""
+    """However a request is rolled back, a middleware outside and background tasks read its objects."""
     seen = list[object]()
     owners.app.add_middleware(Log, seen=seen)
 
@@ -354,7 +263,7 @@ async def test_rollback_that_fails(owners: Site) -> None:
 
 
 async def test_added_objects(owners: Site) -> None:
-    """What was added is transient after the rollback, and not written later; what is around it is readable."""
+    """What was added is transient after the rollback and not written later; the rest is readable."""
     seen = list[object]()
 
     async def tail(pet: Pet, cat: Pet, session: AsyncSession) -> None:

@@ -66,9 +66,7 @@ def roll_back(session: Session) -> None:
     try:
         session.rollback()
     finally:
-        restored = [
-            (one, state, values) for one, state, values in loaded if one is not None and state.persistent
-        ]
+        restored = [entry for entry in loaded if entry[0] is not None and entry[1].persistent]
         for one, state, values in restored:
             for key, value in _columns(state, values):
                 set_committed_value(one, key, value)

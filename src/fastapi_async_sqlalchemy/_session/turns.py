@@ -77,11 +77,8 @@ def returning(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def operation(session: StatefulSession, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            getattr(statement, "is_dml", False)
-            and session.identity_map
-            and not session._fastapi_async_sqlalchemy.closed
-        ):
+        closed = session._fastapi_async_sqlalchemy.closed
+        if getattr(statement, "is_dml", False) and session.identity_map and not closed:
             note_loaded(session, statement)
         return guarded(session, statement, *args, **kwargs)
 
