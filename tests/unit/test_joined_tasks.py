@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import pytest
-from attrs import Factory, define
 from fastapi import BackgroundTasks, Depends, Response
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -25,55 +24,16 @@ from tests.support.requests import pass_on
 from tests.support.site import MakeSite, Site
 from tests.support.stage import BoomError, Stage, Unit, add
 from tests.support.tables import engine_with_tables
+from tests.support.transfer import Transfer
 from tests.support.worker import open_worker
 
 Db = SessionProxy[AsyncSession]
 JOINING: tuple[Propagation, ...] = ("required", "nested", "mandatory")
-BROKEN = r"it was rolled back in the middle of a block that had joined it: await the block's task before"
 IN_THE_MIDDLE = (
     r"because task 'transfer' is in the middle of a block that has joined it: await the block's task"
 )
 SHORT = 0.05
 """Seconds that are too few."""
-
-
-@define(eq=False)
-class Transfer:
-    """A block of two halves in a task, which stops between them."""
-
-    db: Db
-    propagation: Propagation | None = "required"
-    """None is a function by `db.transactional`."""
-    halfway: asyncio.Event = Factory(asyncio.Event)
-    resume: asyncio.Event = Factory(asyncio.Event)
-    tasks: list[asyncio.Task[None]] = Factory(list[asyncio.Task[None]])
-
-    async def start(self) -> asyncio.Task[None]:
-        """Start the task, and wait until it has written its first half."""
-        self.tasks.append(asyncio.create_task(self.run(), name="transfer"))
-        await self.halfway.wait()
-        return self.tasks[0]
-
-    async def run(self) -> None:
-        """Write both halves in a block."""
-        if self.propagation is None:
-            await self.db.transactional(self.halves)()
-            return
-        async with self.db(propagation=self.propagation):
-            await self.halves()
-
-    async def halves(self) -> None:
-        """Write one half, wait, write the other."""
-        await add(self.db, "debit")
-        self.halfway.set()
-        await self.resume.wait()
-        await add(self.db, "credit")
-
-    async def end(self) -> BaseException | None:
-        """Let the task go on to its end; returns its error."""
-        self.resume.set()
-        (outcome,) = await asyncio.gather(*self.tasks, return_exceptions=True)
-        return outcome
 
 
 @pytest.fixture(params=["worker on PostgreSQL", "request on SQLite"])
@@ -180,11 +140,11 @@ async def impatient(url: str) -> AsyncGenerator[Db]:
 async def test_end_refuses_after_the_deadline(
     sqlite_worker: Site, sqlite_url: str, propagation: Propagation | None, *, own: bool
 ) -> None:
-    """Past the deadline for connections, the unit's or else the pool's, the COMMIT is refused by the task's name."""
+    """Past the deadline for connections, the unit's or else the pool's, the COMMIT is refused."""
     async with impatient(sqlite_url) as db:
         transfer = Transfer(sqlite_worker.db if own else db, propagation)
         options: dict[str, Any] = {"pool_timeout": SHORT} if own else {}
-        with pytest.raises(UnexpectedRollbackError, match=IN_THE_MIDDLE):
+        with pytest.raises(UnexpectedRollbackError, match=IN_THE_MIDDLE):  # noqa: PT012  # its end raises
             async with transfer.db(commit_on_exit=True, **options):
                 await add(transfer.db, "before")
                 await transfer.start()
@@ -193,7 +153,7 @@ async def test_end_refuses_after_the_deadline(
 
 
 async def test_response_is_refused_after_the_deadline(sqlite_worker: Site, sqlite_url: str) -> None:
-    """A response whose COMMIT would cut a block in two is an error, and what the block goes on to write is gone."""
+    """A response whose COMMIT would cut a block in two is an error, and the block writes nothing."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     async with engine_with_tables(sqlite_url, pool_timeout=SHORT) as engine:
         sqlite_worker.app.add_middleware(middleware, custom_engine=engine, commit_on_exit=True)
@@ -288,7 +248,7 @@ async def suppressed(work: Awaitable[None]) -> None:
 async def test_block_after_a_401(
     make_site: MakeSite, sqlite_url: str, propagation: Propagation | None, *, early: bool
 ) -> None:
-    """What a block writes after its request was rolled back is not stored, whether it ends in the tail or later."""
+    """What a block writes after its request was rolled back is not stored, whenever it ends."""
     site = await make_site(sqlite_url, commit_on_exit=True)
     transfer = Transfer(site.db, propagation)
     outcomes = list[BaseException | None]()
@@ -335,7 +295,7 @@ async def test_error_in_the_unit(stage: Stage, propagation: Propagation | None) 
 async def test_block_of_a_dependency(
     make_site: MakeSite, sqlite_url: str, propagation: Propagation | None, *, inside: bool, status: int
 ) -> None:
-    """A block that a dependency holds open around the response is settled when it ends, and never waited for."""
+    """A block that a dependency holds open around the response is settled when it ends."""
     middlewares = [Middleware(BaseHTTPMiddleware, dispatch=pass_on)] if inside else []
     site = await make_site(sqlite_url, commit_on_exit=True, inside=middlewares)
 
@@ -373,7 +333,7 @@ async def test_task_of_a_task_group(stage: Stage) -> None:
 
 @pytest.mark.parametrize("by", ["gather", "task_group"])
 async def test_task_that_a_child_leaves(stage: Stage, by: str) -> None:
-    """The unit of a child of `db.gather()` or `db.task_group()` waits for a task that the child leaves behind."""
+    """The unit of a child waits for a task that the child leaves behind."""
     transfer = Transfer(stage.db)
 
     async def work() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
@@ -19,9 +20,33 @@ _LOOP_BOUND: Final = frozenset({"asyncpg", "aiomysql", "asyncmy"})
 _LOOP: Final = "fastapi_async_sqlalchemy.loop"
 
 
-def is_loop_bound(engine: Engine) -> bool:
-    """Whether an engine keeps connections that serve only one event loop."""
-    return engine.dialect.driver in _LOOP_BOUND and isinstance(engine.pool, QueuePool)
+def has_queue(engine: Engine) -> bool:
+    """Whether an engine's connections wait in a queue, which serves one event loop at a time.
+
+    asyncio's queue belongs to the loop in which somebody first had to wait for it, whatever the driver.
+    """
+    return isinstance(engine.pool, QueuePool)
+
+
+def renew_queue(engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    """Give a pool a queue for another event loop, with the connections that serve that one, too.
+
+    A connection that serves another loop alone must go before the pool tests it (``pool_pre_ping``).
+    """
+    pool = engine.pool
+    if not isinstance(pool, QueuePool):
+        return
+    old: Any = pool._pool
+    new = type(old)(old.maxsize, old.use_lifo)
+    while old.qsize():
+        record: ConnectionPoolEntry = old.get(block=False)
+        if engine.dialect.driver in _LOOP_BOUND and record.dbapi_connection is not None:
+            own = _loop_of(record)
+            if own is not None and own is not loop:
+                _end_in(own, record)
+                record.dbapi_connection = None  # type: ignore[misc]  # SQLAlchemy's recipe; it connects again
+        new.put_nowait(record)
+    pool._pool = new
 
 
 def serve_any_loop(engine: Engine) -> None:
@@ -45,14 +70,26 @@ def _replace_foreign(
     loop = record.info.get(_LOOP)
     if loop is running:
         return
-    driver: Any = record.driver_connection
     if loop is None:
-        # private in each of these drivers; a connection may be older than the first listener on its engine
-        record.info[_LOOP] = loop = getattr(driver, "_loop", None) or running
+        # a connection may be older than the first look at its engine
+        record.info[_LOOP] = loop = _loop_of(record) or running
         if loop is running:
             return
-    if loop.is_running():  # in another thread, which closes it
-        loop.call_soon_threadsafe(getattr(driver, "terminate", driver.close))
+    _end_in(loop, record)
     record.dbapi_connection = checked_out.dbapi_connection = None  # type: ignore[misc]  # the recipe
     message = "the connection belongs to another event loop"
     raise DisconnectionError(message)
+
+
+def _loop_of(record: ConnectionPoolEntry) -> asyncio.AbstractEventLoop | None:
+    """Return the loop in which a connection was opened, which each of these drivers keeps privately."""
+    loop: asyncio.AbstractEventLoop | None = getattr(record.driver_connection, "_loop", None)
+    return loop
+
+
+def _end_in(loop: asyncio.AbstractEventLoop, record: ConnectionPoolEntry) -> None:
+    """Have the loop that a connection belongs to close it, as soon as it runs; one that has ended cannot."""
+    driver: Any = record.driver_connection
+    with suppress(RuntimeError):  # it has just been closed
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(getattr(driver, "terminate", driver.close))

@@ -10,7 +10,7 @@ from weakref import WeakSet, ref
 
 from attrs import Factory, define
 
-from .._dialects.loops import forget_connections, is_loop_bound, serve_any_loop
+from .._dialects.loops import forget_connections, has_queue, renew_queue, serve_any_loop
 from ..exceptions import ConcurrentUseError
 
 if TYPE_CHECKING:
@@ -41,18 +41,17 @@ class Loops:
         serve_any_loop(engine)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Record the loop that uses the engines, and drop connections bound to a loop that was closed."""
-        if self.current is not None and self.current.is_closed():
-            for engine in self.engines:
-                if is_loop_bound(engine):
-                    forget_connections(engine)
+        """Let the loop in which an engine is bound use it."""
+        if self.current is not loop:
+            for engine in {engine.pool: engine for engine in self.engines}.values():  # derived ones share it
+                renew_queue(engine, loop)
         self.current = loop
 
     def take_over(self, loop: asyncio.AbstractEventLoop, database: str, attempt: str) -> None:
         """Switch the engines to a loop; refuse while another loop runs that their connections belong to."""
         if self.current is None or not self.current.is_running():
             self.bind(loop)
-        elif any(is_loop_bound(engine) for engine in self.engines):
+        elif any(has_queue(engine) for engine in self.engines):
             raise ConcurrentUseError(database, attempt, _REFUSED, _OWN_LOOP)
 
     def forget_in_child(self) -> None:

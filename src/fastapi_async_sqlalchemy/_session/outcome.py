@@ -14,7 +14,7 @@ from sqlalchemy.util import await_only
 
 from ..exceptions import UnexpectedRollbackError
 from .ledger import BLANK
-from .restoring import note_flushed
+from .restoring import note_flushed, note_unflushed
 from .state import task_name
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def follow(session_class: type[StatefulSession]) -> None:
     """Follow the transactions of a class of sessions, however they end."""
     event.listen(session_class, "after_begin", _after_begin)
     event.listen(session_class, "before_commit", _before_commit)
-    event.listen(session_class, "after_commit", _after_commit, insert=True)  # before listeners that may fail
+    event.listen(session_class, "after_commit", _after_commit, insert=True)  # before a listener that may fail
+    event.listen(session_class, "before_flush", note_unflushed)
     event.listen(session_class, "after_flush", note_flushed)
     event.listen(session_class, "after_transaction_end", _after_transaction_end)
 

@@ -10,36 +10,46 @@ from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
 
-    from sqlalchemy.orm import InstanceState, Mapper, Session
+    from sqlalchemy.orm import InstanceState, Session, UOWTransaction
 
     from .state import StatefulSession
 
 
-def note_flushed(session: StatefulSession, _flush_context: object) -> None:
-    """Record the values that a flush has overwritten; a listener of ``after_flush``."""
-    if not (session.dirty or session.deleted):
+def note_unflushed(session: StatefulSession, _flush_context: object, _objects: object) -> None:
+    """Remember the objects that a flush is about to write; a listener of ``before_flush``.
+
+    A flush itself changes some of their attributes: versions, and what has an ``onupdate``.
+    """
+    if session.dirty or session.deleted:
+        originals = session._fastapi_async_sqlalchemy.writing().originals
+        for one in (*session.dirty, *session.deleted):
+            _note(originals, inspect(one))
+
+
+def note_flushed(session: StatefulSession, flush_context: UOWTransaction) -> None:
+    """Remember what a flush has reached by relationships; a listener of ``after_flush``."""
+    if not (session.dirty or session.deleted or any(deleted for deleted, _ in flush_context.states.values())):
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.dirty:
         state: InstanceState[Any] = inspect(one)
         _add(originals.setdefault(state, {}), state.committed_state)
-    for one in session.deleted:
-        state = inspect(one)
-        _add(originals.setdefault(state, {}), {**state.dict, **state.committed_state})
+    for state, (deleted, _) in flush_context.states.items():
+        if deleted:
+            _note(originals, state)
 
 
 def note_loaded(session: StatefulSession, statement: Any) -> None:
-    """Record the values that an UPDATE or DELETE of an entity may change in memory."""
-    entity = statement.entity_description.get("entity")
+    """Remember what an UPDATE or DELETE of an entity may change in memory."""
+    entity = None if statement.is_insert else statement.entity_description.get("entity")
     if entity is None:
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.identity_map.values():
         if isinstance(one, entity):
-            state: InstanceState[Any] = inspect(one)
-            _add(originals.setdefault(state, {}), {**state.dict, **state.committed_state})
+            _note(originals, inspect(one))
 
 
 def roll_back(session: Session) -> None:
@@ -53,11 +63,20 @@ def roll_back(session: Session) -> None:
     loaded = [(state.obj(), state, _loaded(state, originals.get(state, {}))) for state in states]
     known = set(states)
     loaded += [(state.obj(), state, before) for state, before in originals.items() if state not in known]
-    session.rollback()
-    for one, state, values in loaded:
-        if one is not None and state.persistent:
-            for key, value in _restorable(state, values):
+    try:
+        session.rollback()
+    finally:
+        restored = [entry for entry in loaded if entry[0] is not None and entry[1].persistent]
+        for one, state, values in restored:
+            for key, value in _columns(state, values):
                 set_committed_value(one, key, value)
+        for one, state, values in restored:  # a collection may read its members' columns
+            for key, value in _relationships(state, values):
+                set_committed_value(one, key, value)
+
+
+def _note(originals: MutableMapping[InstanceState[Any], dict[str, Any]], state: InstanceState[Any]) -> None:
+    _add(originals.setdefault(state, {}), {**state.dict, **state.committed_state})
 
 
 def _add(before: dict[str, Any], values: dict[str, Any]) -> None:
@@ -69,18 +88,26 @@ def _loaded(state: InstanceState[Any], before: dict[str, Any]) -> dict[str, Any]
     return {**state.dict, **state.committed_state, **before}
 
 
-def _restorable(state: InstanceState[Any], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the values that hold after the rollback; others stay expired."""
-    mapper: Mapper[Any] = state.mapper
+def _columns(state: InstanceState[Any], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Choose the columns that were loaded; others stay expired."""
+    columns = state.mapper.column_attrs
     for key, value in values.items():
-        if isinstance(value, LoaderCallableStatus):
-            continue  # it was not loaded when it was changed
-        if key in mapper.column_attrs:
+        if key in columns and not isinstance(value, LoaderCallableStatus):
             yield key, value
-        elif key in mapper.relationships:
-            related = _related(value, uselist=bool(mapper.relationships[key].uselist))
-            if all(inspect(one).persistent for one in related):
-                yield key, related if mapper.relationships[key].uselist else value
+
+
+def _relationships(state: InstanceState[Any], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Choose the relationships that still hold after the rollback."""
+    relationships = state.mapper.relationships
+    for key, value in values.items():
+        if key not in relationships or isinstance(value, LoaderCallableStatus):
+            continue
+        found = relationships[key]
+        if found.lazy in {"dynamic", "write_only"}:
+            continue  # they load nothing
+        related = _related(value, uselist=bool(found.uselist))
+        if all(inspect(one).persistent for one in related):
+            yield key, related if found.uselist else value
 
 
 def _related(value: Any, *, uselist: bool) -> list[Any]:

@@ -71,6 +71,20 @@ def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
     return operation
 
 
+def returning(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Guard what executes a statement otherwise than by ``execute``: SQLAlchemy does not call that for it."""
+    guarded = exclusive(method)
+
+    @functools.wraps(method)
+    def operation(session: StatefulSession, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        closed = session._fastapi_async_sqlalchemy.closed
+        if getattr(statement, "is_dml", False) and session.identity_map and not closed:
+            note_loaded(session, statement)
+        return guarded(session, statement, *args, **kwargs)
+
+    return operation
+
+
 def executing(method: Callable[..., Any]) -> Callable[..., Any]:
     """Guard ``execute``, the most frequent operation and the only one that may leave a stream unread.
 
@@ -90,6 +104,8 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         state = session._fastapi_async_sqlalchemy
         if internal or state.holder is not None or state.closed:
+            if getattr(statement, "is_dml", False) and session.identity_map and not state.closed:
+                note_loaded(session, statement)
             options = {"execution_options": execution_options, "bind_arguments": bind_arguments}
             return guarded(session, statement, params, **options, **internal)
         task = task_at_work()

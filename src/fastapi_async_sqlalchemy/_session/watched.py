@@ -30,10 +30,11 @@ _CLOSED: Final = (
 )
 _GUARDS: Final[tuple[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], tuple[str, ...]], ...]] = (
     (turns.executing, ("execute",)),
+    (turns.returning, ("exec", "scalar", "scalars")),
     (
         turns.exclusive,
         (
-            *("exec", "scalar", "scalars", "get", "get_one", "refresh", "merge", "merge_all", "delete"),
+            *("get", "get_one", "refresh", "merge", "merge_all", "delete"),
             *("delete_all", "commit", "prepare", "connection", "begin", "begin_nested"),
             *("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
         ),
