@@ -233,7 +233,7 @@ async def test_connection_instead_of_an_engine(
                 await session.execute(TEA)
 
         with pytest.raises(
-            ConfigurationError, match="holds a connection, whose transactions are its owner.s"
+            ConfigurationError, match=r"holds a connection, whose transactions are its owner.s"
         ):
             async with routed.db(**settings) as unit:
                 await send(unit.session)
