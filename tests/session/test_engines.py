@@ -232,7 +232,9 @@ async def test_connection_instead_of_an_engine(
                 session.sync_session.bind_mapper(Note, connection.sync_connection)  # type: ignore[arg-type]
                 await session.execute(TEA)
 
-        with pytest.raises(ConfigurationError, match="A session was given a connection"):
+        with pytest.raises(
+            ConfigurationError, match=r"holds a connection, whose transactions are its owner.s"
+        ):
             async with routed.db(**settings) as unit:
                 await send(unit.session)
         assert not connection.in_transaction()
