@@ -52,7 +52,6 @@ FOREIGN = {
     "_max_overflow": "Pool: the limit of its overflow has no public name",
     "_on_connect_isolation_level": "Dialect: what create_engine(isolation_level=) was given",
     "_soft_closed": "Result: Result.closed reports an explicit close() alone",
-    "_pool": "QueuePool: the queue of its idle connections, which belongs to one event loop",
     "_is_clean": "Session: the public sets take thirty times as long to make",
     "_connections": "SessionTransaction: `connections` is new in SQLAlchemy 2.1.7",
 }
