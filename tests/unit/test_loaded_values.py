@@ -321,7 +321,7 @@ async def test_cost_is_linear(sqlite_url: str, judge_for: JudgeFor) -> None:
                 session = unit.session
                 await session.execute(text("DELETE FROM pet"))
                 rows: list[dict[str, Any]] = [{"name": str(at)} for at in range(count)]
-                await session.execute(Pet.__table__.insert(), rows)
+                await session.execute(insert(Pet), rows)
                 pets = (await session.scalars(select(Pet))).all()
                 pets[0].name = "changed"
                 await session.flush()
