@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi import BackgroundTasks, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy import delete, insert, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Receive, Scope, Send
