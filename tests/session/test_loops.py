@@ -4,7 +4,7 @@ import asyncio
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
@@ -62,7 +62,7 @@ async def test_other_loop_at_the_same_time(  # noqa: C901  # one application
             await engine.dispose()
         options: dict[str, Any] = {"custom_engine": engine} if by == "custom_engine" else {}
         app, errors = FastAPI(), list[BaseException]()
-        app.add_middleware(middleware, commit_on_exit=True, **options)
+        app.add_middleware(cast("Any", middleware), commit_on_exit=True, **options)
         if by == "bind":
             await asyncio.to_thread(db.bind, engine)  # where no loop runs
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi import BackgroundTasks, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy import delete, insert, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.background import BackgroundTask
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -321,7 +321,7 @@ async def test_cost_is_linear(sqlite_url: str, judge_for: JudgeFor) -> None:
                 session = unit.session
                 await session.execute(text("DELETE FROM pet"))
                 rows: list[dict[str, Any]] = [{"name": str(at)} for at in range(count)]
-                await session.execute(Pet.__table__.insert(), rows)
+                await session.execute(insert(Pet), rows)
                 pets = (await session.scalars(select(Pet))).all()
                 pets[0].name = "changed"
                 await session.flush()

@@ -36,7 +36,7 @@ def renew_queue(engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
     pool = engine.pool
     if not isinstance(pool, QueuePool):
         return
-    old: Any = pool._pool
+    old: Any = pool._pool  # private of QueuePool: its idle connections have no public name
     new = type(old)(old.maxsize, old.use_lifo)
     while old.qsize():
         record: ConnectionPoolEntry = old.get(block=False)
