@@ -40,7 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen |= {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]}
     for name, databases in _DATABASES.items():
         if name in metafunc.fixturenames and name not in chosen:
-            suite = metafunc.module.__name__.removeprefix("tests.")
+            module: Any = metafunc.module
+            suite = str(module.__name__).removeprefix("tests.")
             more = ["psycopg"] if suite in _BY_PSYCOPG else []
             metafunc.parametrize(name, [*databases, *more], indirect=True)
 

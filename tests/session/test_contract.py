@@ -1,10 +1,10 @@
 """SQLAlchemy's own contract: what a plain session does, the unit's session does, error for error."""
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import pytest
 from sqlalchemy import insert, select
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    SessionArgs,
     SessionProxy,
     UnexpectedRollbackError,
     create_middleware_and_session_proxy,
@@ -63,7 +64,7 @@ async def same(
     async with AsyncSession(worker.engine, **session_args) as plain:
         await before(plain)
         expected = [await told(plain, step) for step in steps]
-    async with worker.db(session_args) as unit:  # type: ignore[arg-type]  # of the test's own
+    async with worker.db(cast("SessionArgs", session_args)) as unit:
         await before(unit.session)
         found = [await told(unit.session, step) for step in steps]
     return list(zip(expected, found, strict=True))
@@ -189,18 +190,18 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("class_", [Counted, AsyncSession])
 async def test_refused_at_once(sqlite_url: str, wrong: dict[str, Any], class_: type[AsyncSession]) -> None:
     """Wrong arguments are refused where they are given, and no session of the user's is made for it."""
-    sync = {"sync_session_class": CountedSync, **wrong}
+    sync = cast("SessionArgs", {"sync_session_class": CountedSync, **wrong})
     middleware, db = create_middleware_and_session_proxy(class_)
     engine = create_async_engine(sqlite_url)
     with pytest.raises(ConfigurationError):
-        db.connect(engine, session_args=sync)  # type: ignore[arg-type]
+        db.connect(engine, session_args=sync)
     with pytest.raises(ConfigurationError):
-        db.bind(engine, session_args=sync)  # type: ignore[arg-type]
+        db.bind(engine, session_args=sync)
     with pytest.raises(ConfigurationError):
         middleware(_application, custom_engine=engine, session_args=sync)
     db.bind(engine)
     with pytest.raises(ConfigurationError):
-        db(sync)  # type: ignore[arg-type]
+        db(sync)
     assert (Counted.made, CountedSync.made) == (0, 0)
     await engine.dispose()
 
@@ -228,7 +229,7 @@ def test_sqlmodel_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     package = tmp_path / "sqlmodel"
     package.mkdir()
     (package / "__init__.py").write_text("import no_such_module\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # pyright: ignore[reportUnknownMemberType]  # pytest's
     for name in [name for name in sys.modules if name.partition(".")[0] == "sqlmodel"]:
         monkeypatch.delitem(sys.modules, name)
     importlib.invalidate_caches()

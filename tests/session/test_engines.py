@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from sqlalchemy import delete, event, func, insert, select, text
+from sqlalchemy import Connection, delete, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -229,7 +229,7 @@ async def test_connection_instead_of_an_engine(
             elif by == "connection":
                 await session.connection(bind_arguments=given)
             else:
-                session.sync_session.bind_mapper(Note, connection.sync_connection)  # type: ignore[arg-type]
+                session.sync_session.bind_mapper(Note, cast("Connection", connection.sync_connection))
                 await session.execute(TEA)
 
         with pytest.raises(

@@ -213,8 +213,9 @@ async def gathered_one_by_one(db: Db) -> None:
 
 def find_deadlock(error: BaseException) -> bool:
     """Whether an error is that of a deadlock, alone or in a group."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(find_deadlock, error.exceptions))
+    inside: tuple[BaseException, ...] = getattr(error, "exceptions", ())
+    if inside:
+        return any(map(find_deadlock, inside))
     return isinstance(error, PropagationError)
 
 

@@ -133,7 +133,7 @@ async def play(
     place: Place, stand: Stand, act: Act, name: str, *, listener: Callable[..., None] = boom
 ) -> None:
     """Act in a unit whose sessions have a listener at a place."""
-    early = listening(place.target(None), name, listener, first=place.insert) if place.early else None  # type: ignore[arg-type]
+    early = listening(place.target(None), name, listener, first=place.insert) if place.early else None  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # an early place takes no unit
     if early is not None:
         early.__enter__()
     try:

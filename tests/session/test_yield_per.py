@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Result, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.asyncio.exc import AsyncMethodRequired
 from sqlalchemy.orm import Session
@@ -118,6 +118,11 @@ async def test_unit_that_ends_between_the_rows(crowded_worker: Site, opening: Op
     assert len(await crowded_worker.notes()) == len(TEXTS) + 2
 
 
+def open_column(session: Session) -> Result[Any]:
+    """Send the statement, and leave its rows."""
+    return session.execute(COLUMN)
+
+
 @pytest.mark.parametrize("by", ["session_args", "pair"])
 async def test_options_of_the_session(crowded_worker: Site, by: str) -> None:
     """The session's own options are no different from a statement's, where SQLAlchemy has them."""
@@ -127,7 +132,7 @@ async def test_options_of_the_session(crowded_worker: Site, by: str) -> None:
         db.unbind()
         db.bind(crowded_worker.engine, session_args=given)
     async with db(None if by == "pair" else given) as unit:
-        rows = iter(await unit.session.run_sync(lambda session: session.execute(COLUMN)))
+        rows: Iterator[Any] = iter(await unit.session.run_sync(open_column))
         await read_one(unit.session, rows)
         with pytest.raises(ConcurrentUseError, match=LOST):
             await unit.session.execute(COLUMN)

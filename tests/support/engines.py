@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Session
 
-from fastapi_async_sqlalchemy import SessionProxy, create_middleware_and_session_proxy
+from fastapi_async_sqlalchemy import SessionArgs, SessionProxy, create_middleware_and_session_proxy
 from tests.support.databases import Judge, JudgeFor
 from tests.support.site import checked_out
 from tests.support.tables import Note, engine_with_tables
@@ -52,14 +52,22 @@ def routed_by_mapper(other: AsyncEngine) -> dict[str, Any]:
     return {"sync_session_class": RoutingByMapper, "info": {"other": other}}
 
 
+def _one(*_: object, **__: object) -> str:
+    return "one"
+
+
+def _only(*_: object, **__: object) -> list[str]:
+    return ["one"]
+
+
 def sharded(other: AsyncEngine) -> dict[str, Any]:
     """Give SQLAlchemy's sharding, whose only shard is on the other engine."""
     return {
         "sync_session_class": ShardedSession,
         "shards": {"one": other.sync_engine},
-        "shard_chooser": lambda *_, **__: "one",
-        "identity_chooser": lambda *_, **__: ["one"],
-        "execute_chooser": lambda _: ["one"],
+        "shard_chooser": _one,
+        "identity_chooser": _only,
+        "execute_chooser": _only,
     }
 
 
@@ -165,7 +173,7 @@ async def open_routed(
     _, db = create_middleware_and_session_proxy(AsyncSession)
     own_url, other_url = urls
     async with engine_with_tables(own_url) as own, engine_with_tables(other_url, **engine_args) as other:
-        db.bind(own, session_args=way.arguments(other))  # type: ignore[arg-type]  # sharding has its own
+        db.bind(own, session_args=cast("SessionArgs", way.arguments(other)))  # sharding has its own
         routed = Routed(db, own, other, await judge_for(other_url), way)
         yield routed
         assert routed.out() == [0, 0]

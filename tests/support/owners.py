@@ -1,6 +1,6 @@
 """An owner with pets: rows with a version, stamps and relationships, and an application that reads them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -86,7 +86,7 @@ async def load(session: AsyncSession) -> Owner:
 
 
 @asynccontextmanager
-async def open_owners(url: str, judge_for: JudgeFor) -> AsyncIterator[Site]:
+async def open_owners(url: str, judge_for: JudgeFor) -> AsyncGenerator[Site]:
     """Make an application whose database has an owner with two pets."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     engine = create_async_engine(url)

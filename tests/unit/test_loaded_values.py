@@ -179,12 +179,13 @@ async def test_tail_of_a_rolled_back_request(owners: Site, change: Change) -> No
 @each_change
 async def test_after_a_block(owners: Site, change: Change) -> None:
     """After a block that an error has left, its objects have their loaded values."""
+    loaded = list[Owner]()
     with suppress(BoomError):
         async with owners.db(commit_on_exit=True) as unit:
-            owner = await load(unit.session)
-            await change(unit.session, owner)
+            loaded.append(await load(unit.session))
+            await change(unit.session, loaded[0])
             raise BoomError
-    assert values(owner) == LOADED
+    assert values(loaded[0]) == LOADED
     assert await stored(owners.judge) == UNCHANGED
 
 

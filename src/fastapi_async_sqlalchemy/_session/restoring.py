@@ -12,7 +12,7 @@ from sqlalchemy.orm.collections import collection_adapter
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
 
-    from sqlalchemy.orm import InstanceState, Session, UOWTransaction
+    from sqlalchemy.orm import InstanceState, Session
 
     from .state import StatefulSession
 
@@ -28,15 +28,16 @@ def note_unflushed(session: StatefulSession, _flush_context: object, _objects: o
             _note(originals, inspect(one))
 
 
-def note_flushed(session: StatefulSession, flush_context: UOWTransaction) -> None:
+def note_flushed(session: StatefulSession, flush_context: Any) -> None:
     """Remember what a flush has reached by relationships; a listener of ``after_flush``."""
-    if not (session.dirty or session.deleted or any(deleted for deleted, _ in flush_context.states.values())):
+    reached: dict[InstanceState[Any], tuple[bool, bool]] = flush_context.states
+    if not (session.dirty or session.deleted or any(deleted for deleted, _ in reached.values())):
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.dirty:
         state: InstanceState[Any] = inspect(one)
         _add(originals.setdefault(state, {}), state.committed_state)
-    for state, (deleted, _) in flush_context.states.items():
+    for state, (deleted, _) in reached.items():
         if deleted:
             _note(originals, state)
 
