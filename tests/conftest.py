@@ -40,8 +40,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen |= {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]}
     for name, databases in _DATABASES.items():
         if name in metafunc.fixturenames and name not in chosen:
-            module: Any = metafunc.module
-            suite = str(module.__name__).removeprefix("tests.")
+            suite = metafunc.definition.nodeid.partition(".py")[0].removeprefix("tests/").replace("/", ".")
             more = ["psycopg"] if suite in _BY_PSYCOPG else []
             metafunc.parametrize(name, [*databases, *more], indirect=True)
 
