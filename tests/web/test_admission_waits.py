@@ -66,7 +66,11 @@ def add_calls(site: Site) -> None:
 
     @site.app.get("/thread")
     def thread() -> int:
-        return asyncio.run(call_inside(site.app, "/tail")).status_code
+        return asyncio.run(call_inside(site.app, "/plain")).status_code  # the engine is of the other loop
+
+    @site.app.get("/plain")
+    async def plain() -> int:
+        return 1
 
     @site.app.get("/tail")
     async def tail() -> Response:

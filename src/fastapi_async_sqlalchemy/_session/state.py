@@ -78,8 +78,12 @@ class JoinedBlock:
     ended: asyncio.Event = Factory(asyncio.Event)
 
     def elsewhere(self) -> bool:
-        """Whether it runs in a task that is neither the current one nor the request's own."""
-        return not self.own and self.task is not task_at_work()
+        """Whether it runs in another task than the current one and the request's own.
+
+        A task that has ended without leaving the block adds nothing to it, as with the fixtures of a test.
+        """
+        ended = self.task is not None and self.task.done()
+        return not (self.own or ended or self.task is task_at_work())
 
     async def left(self) -> None:
         """Wait until the block is left, or its task has ended without leaving it."""
@@ -91,10 +95,6 @@ class JoinedBlock:
             await asyncio.wait({left, self.task}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left.cancel()
-
-    def left_behind(self) -> bool:
-        """Whether its task has ended without leaving the block, as with an abandoned generator."""
-        return self.task is not None and self.task.done()
 
 
 class SessionState:
@@ -154,7 +154,7 @@ class SessionState:
         """Wait until the joined blocks of other tasks have ended, or for ``patience`` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                while blocks := [one for one in self.joined if one.elsewhere() and not one.left_behind()]:
+                while blocks := [one for one in self.joined if one.elsewhere()]:
                     await blocks[0].left()
 
     async def idle(self) -> None:
