@@ -42,7 +42,7 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml README.md LICENSE $(sources)
 	@touch $@
 
 .PHONY: test
-test: venv ## run the tests against the installed wheel (ARGS="-k name" for some)
+test: venv ## run the tests against the installed wheel, some ten minutes on two cores (ARGS="-k name" for some)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 # A few files of each storey that tell most; with the slow tests left out they take less than a minute on two cores.

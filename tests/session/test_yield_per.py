@@ -13,6 +13,7 @@ from fastapi_async_sqlalchemy import ConcurrentUseError
 from tests.support.databases import JudgeFor
 from tests.support.site import Site
 from tests.support.tables import Note
+from tests.support.versions import sessions_have_options
 from tests.support.worker import open_worker
 
 TEXTS = [f"{number:03}" for number in range(300)]
@@ -123,6 +124,7 @@ def open_column(session: Session) -> Result[Any]:
     return session.execute(COLUMN)
 
 
+@sessions_have_options
 @pytest.mark.parametrize("by", ["session_args", "pair"])
 async def test_options_of_the_session(crowded_worker: Site, by: str) -> None:
     """The session's own options are no different from a statement's, where SQLAlchemy has them."""

@@ -14,3 +14,8 @@ survives_cancellation = pytest.mark.skipif(
     "cut off (on MariaDB and SQLite); 2.0.58 is the oldest release on which these tests were seen to pass",
 )
 """For tests that cancel a task, or end a unit, in the middle of a statement."""
+
+sessions_have_options = pytest.mark.skipif(
+    _RELEASE < (2, 1),
+    reason=f"sessions have execution_options since SQLAlchemy 2.1, and this is {_INSTALLED}",
+)
