@@ -17,5 +17,5 @@ survives_cancellation = pytest.mark.skipif(
 
 sessions_have_options = pytest.mark.skipif(
     _RELEASE < (2, 1),
-    reason=f"sessions have execution_options since SQLAlchemy 2.1, and this is {_INSTALLED}",
+    reason=f"sessions have execution_options from SQLAlchemy 2.1 on; this is {_INSTALLED}",
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
@@ -101,8 +102,10 @@ def check_again(session: StatefulSession) -> None:
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):
             check = partial(_check_again, ref(session), session._fastapi_async_sqlalchemy.ledger, connection)
-            for name in ("commit", "prepare_twophase"):  # this connection alone takes the slower path
-                event.listen(connection, name, check)
+            # an early SQLAlchemy 2.0 takes no listener on a connection of a derived engine
+            with suppress(InvalidRequestError):
+                for name in ("commit", "prepare_twophase"):  # this connection alone takes the slower path
+                    event.listen(connection, name, check)
 
 
 def _check_again(found: ref[StatefulSession], ledger: Ledger, connection: Connection, *_: object) -> None:
