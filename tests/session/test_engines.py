@@ -24,6 +24,7 @@ from tests.support.hooks import Log
 from tests.support.settings import REFUSED_BY_DATABASE
 from tests.support.site import complaints
 from tests.support.tables import Note, Reply, engine_with_tables
+from tests.support.versions import require_settings_of_derived_engines
 
 TEA = insert(Note).values(text="tea")
 TEXTS = select(Note.text)
@@ -168,6 +169,8 @@ async def test_no_connection_in_time(
 @each_way
 async def test_isolation_level(routed: Routed) -> None:
     """A unit's isolation level is that of its transactions there, and of no later one."""
+    if way is WAYS["derived"]:
+        require_settings_of_derived_engines()
     async with routed.db(isolation_level="SERIALIZABLE") as unit:
         for _ in range(2):
             assert (await routed.send(LEVEL)).scalar_one() == "serializable"
@@ -179,6 +182,8 @@ async def test_isolation_level(routed: Routed) -> None:
 @each_way
 async def test_read_only(routed: Routed) -> None:
     """A read-only unit writes nothing there, and the next one does."""
+    if way is WAYS["derived"]:
+        require_settings_of_derived_engines()
     with pytest.raises(DBAPIError, match=REFUSED_BY_DATABASE):
         async with routed.db(read_only=True, commit_on_exit=True):
             await routed.send(TEA)
@@ -190,6 +195,8 @@ async def test_read_only(routed: Routed) -> None:
 @each_way
 async def test_settings_with_limits(routed: Routed) -> None:
     """Settings and limits hold there at the same time."""
+    if way is WAYS["derived"]:
+        require_settings_of_derived_engines()
     async with routed.db(isolation_level="SERIALIZABLE", pool_timeout=5):
         assert (await routed.send(LEVEL)).scalar_one() == "serializable"
     async with routed.db(multi_sessions=True, max_concurrent=1, isolation_level="REPEATABLE READ"):

@@ -20,6 +20,7 @@ from tests.support.narrow import DEADLINE, read
 from tests.support.settings import OTHER_LEVEL, level_of, open_single
 from tests.support.site import Site, checked_out
 from tests.support.tables import Note, engine_with_tables
+from tests.support.versions import options_after_a_savepoint
 
 Db = SessionProxy[AsyncSession]
 Act = Callable[[Db], Awaitable[None]]
@@ -132,7 +133,9 @@ async def test_no_place_for_nothing(sqlite_worker: Site, act: Act) -> None:
 
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-@pytest.mark.parametrize("before", [None, begin_nested, flush, savepoint])
+@pytest.mark.parametrize(
+    "before", [None, pytest.param(begin_nested, marks=options_after_a_savepoint), flush, savepoint]
+)
 async def test_execution_options(
     database_url: str, judge_for: JudgeFor, before: Act | None, limits: dict[str, Any]
 ) -> None:

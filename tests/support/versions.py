@@ -19,3 +19,13 @@ sessions_have_options = pytest.mark.skipif(
     _RELEASE < (2, 1),
     reason=f"sessions have execution_options from SQLAlchemy 2.1 on; this is {_INSTALLED}",
 )
+options_after_a_savepoint = pytest.mark.skipif(
+    _RELEASE < (2, 1),
+    reason=f"connection() takes options after begin_nested() from SQLAlchemy 2.1 on; this is {_INSTALLED}",
+)
+
+
+def require_settings_of_derived_engines() -> None:
+    """Skip a test where an engine that is derived from a derived one takes no listener."""
+    if _RELEASE < (2, 0, 58):
+        pytest.skip(f"SQLAlchemy {_INSTALLED} has no events for an engine derived twice; 2.0.58 was seen to")
