@@ -169,7 +169,7 @@ async def test_no_connection_in_time(
 @each_way
 async def test_isolation_level(routed: Routed) -> None:
     """A unit's isolation level is that of its transactions there, and of no later one."""
-    if way is WAYS["derived"]:
+    if routed.way is WAYS["derived"]:
         require_settings_of_derived_engines()
     async with routed.db(isolation_level="SERIALIZABLE") as unit:
         for _ in range(2):
@@ -182,7 +182,7 @@ async def test_isolation_level(routed: Routed) -> None:
 @each_way
 async def test_read_only(routed: Routed) -> None:
     """A read-only unit writes nothing there, and the next one does."""
-    if way is WAYS["derived"]:
+    if routed.way is WAYS["derived"]:
         require_settings_of_derived_engines()
     with pytest.raises(DBAPIError, match=REFUSED_BY_DATABASE):
         async with routed.db(read_only=True, commit_on_exit=True):
@@ -195,7 +195,7 @@ async def test_read_only(routed: Routed) -> None:
 @each_way
 async def test_settings_with_limits(routed: Routed) -> None:
     """Settings and limits hold there at the same time."""
-    if way is WAYS["derived"]:
+    if routed.way is WAYS["derived"]:
         require_settings_of_derived_engines()
     async with routed.db(isolation_level="SERIALIZABLE", pool_timeout=5):
         assert (await routed.send(LEVEL)).scalar_one() == "serializable"
