@@ -41,11 +41,6 @@ class OneUse:
             raise UnitClosedError(database, opening)
         self._entered = True
 
-    def _require_entered(self, database: str) -> None:
-        """Raise ``UnitClosedError`` for the exit of a block that was never entered."""
-        if not self._entered:
-            raise UnitClosedError(database)
-
 
 @define(eq=False, repr=False)
 class UnitScope(OneUse, Generic[S_co]):
