@@ -416,6 +416,27 @@ async def do_nothing(unit: Unit) -> None:
     """Begin nothing."""
 
 
+@pytest.mark.parametrize("by", ["leaving", "unit", "session"])
+async def test_no_before_commit_after_a_swallowed_statement_error(
+    postgresql_worker: Site, by: str, log: Log
+) -> None:
+    """In a transaction that the database has given up no hook runs: COMMIT raises first."""
+
+    async def work() -> None:
+        async with postgresql_worker.db(commit_on_exit=True) as unit:
+            log.all(unit)
+            await add(unit)
+            with suppress(DBAPIError):
+                await unit.session.execute(text("SELECT 1/0"))
+            if by != "leaving":
+                await (unit if by == "unit" else unit.session).commit()
+
+    with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+        await work()
+    assert log == ["rolled back"]
+    assert await postgresql_worker.notes() == []
+
+
 @pytest.mark.parametrize("commit", [*COMMITS, do_nothing])
 async def test_before_commit_marks_the_unit(worker: Site, commit: Act) -> None:
     """A hook that swallows the failure of a block which had joined the unit makes COMMIT raise."""

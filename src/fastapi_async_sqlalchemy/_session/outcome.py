@@ -71,10 +71,10 @@ def _before_commit(session: StatefulSession) -> None:
     if session.in_nested_transaction():
         return  # a savepoint is about to be released
     state = session._fastapi_async_sqlalchemy
-    if state.hooks is not None:
-        state.hooks.refuse_commit()
-        await_only(state.hooks.before_commit())
     if state.ledger.failure is not None or state.joined or state.hooks is not None:
+        require_commit(session)  # before the hooks: they would run in a transaction that is lost
+    if state.hooks is not None and state.hooks.before:
+        await_only(state.hooks.before_commit())
         require_commit(session)
     if state.exposed:
         state.wait_for_exposed()
