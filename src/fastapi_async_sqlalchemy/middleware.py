@@ -118,9 +118,10 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()
         self._in_websocket = NoUnit(
-            database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
+            None, database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
         )
         self._on_excluded_path = NoUnit(
+            None,
             database=database,
             where="on an excluded path",
             remedy="take it off exclude_paths, or open `async with db():`",
@@ -167,15 +168,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._admission.serve(self, scope, receive, send)
             return
         outer = self._current.get()
-        unit = RequestUnit(
-            outer,
-            config=self._config,
-            scope=scope,
-            policy=self._policy,
-            bodies=self._bodies,
-            listen=receive,
-            forward=send,
-        )
+        unit = RequestUnit(outer, self._config, scope, self._policy, receive, send, self._bodies)
         unit._outer_exception = sys.exception()
         unit._app = scope.get("app")  # read before a mounted application replaces it
         self._current.set(unit)

@@ -24,9 +24,15 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
 )
 from tests.support.serving import asgi_client
+from tests.support.versions import knows_aioodbc
 
 URL = "sqlite+aiosqlite://"
 NO_SESSION = r"session_args\['class_'\] must be a subclass of sqlalchemy\.ext\.asyncio\.AsyncSession, not "
+MISSING_DRIVER = (
+    "{name}: .* driver .* installed.* install it"
+    if knows_aioodbc
+    else r"{name}: SQLAlchemy knows no 'mssql\+aioodbc'"
+)
 NO_ENGINE = r"custom_engine must be an AsyncEngine .*create_async_engine\(\)"
 app = Starlette()
 
@@ -50,7 +56,7 @@ BAD_URLS: dict[str, tuple[object, str]] = {
     "a synchronous driver": ("sqlite:///test.db", r"{name}.* asyncio driver, .* sqlite\+aiosqlite"),
     "Oracle without a driver": ("oracle://h/db", r"{name}.* asyncio driver, .* postgresql\+asyncpg"),
     "MySQL without a driver": ("mysql://h/db", r"{name}.* asyncio driver, .* mysql\+aiomysql"),
-    "a missing driver": ("mssql+aioodbc://h/db", "{name}: .* driver .* installed.* install it"),
+    "a missing driver": ("mssql+aioodbc://h/db", MISSING_DRIVER),
     "an unknown dialect": ("nosuch://h/db", r"{name}.*'nosuch'.* for example postgresql\+asyncpg"),
     "an unknown driver": (
         "postgresql+nosuch://h/db",

@@ -15,6 +15,9 @@ survives_cancellation = pytest.mark.skipif(
 )
 """For tests that cancel a task, or end a unit, in the middle of a statement."""
 
+knows_aioodbc = _RELEASE >= (2, 0, 23)
+"""Whether SQLAlchemy knows an asyncio driver that the tests do not install."""
+
 sessions_have_options = pytest.mark.skipif(
     _RELEASE < (2, 1),
     reason=f"sessions have execution_options from SQLAlchemy 2.1 on; this is {_INSTALLED}",

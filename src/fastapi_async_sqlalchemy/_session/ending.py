@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from .._dialects.interruption import end_statement
 from .state import pending
-from .turns import ENDINGS, take_turn
+from .turns import ENDINGS, exclusive
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
     from .state import StatefulSession
 
 
+@exclusive
 def release(session: Session) -> None:
     """Release the connection of a transaction that only read; for ``run_sync()``.
 
     Unlike ``rollback()`` this expires nothing, and hooks do not count it as an outcome.
     """
-    watched = cast("StatefulSession", session)
-    take_turn(watched, "release", _release, watched)
-
-
-def _release(session: StatefulSession) -> None:
-    state = session._fastapi_async_sqlalchemy
+    state = cast("StatefulSession", session)._fastapi_async_sqlalchemy
     state.end_exposed()
     transaction = session.get_transaction()
     hooks, state.hooks = state.hooks, None

@@ -22,7 +22,7 @@ def note_unflushed(session: StatefulSession, _flush_context: object, _objects: o
 
     A flush itself changes some of their attributes: versions, and what has an ``onupdate``.
     """
-    if session.dirty or session.deleted:
+    if session.identity_map.check_modified() or session.deleted:  # the set of dirty objects is slow
         originals = session._fastapi_async_sqlalchemy.writing().originals
         for one in (*session.dirty, *session.deleted):
             _note(originals, inspect(one))
@@ -31,7 +31,7 @@ def note_unflushed(session: StatefulSession, _flush_context: object, _objects: o
 def note_flushed(session: StatefulSession, flush_context: Any) -> None:
     """Remember what a flush has reached by relationships; a listener of ``after_flush``."""
     reached: dict[InstanceState[Any], tuple[bool, bool]] = flush_context.states
-    if not (session.dirty or session.deleted or any(deleted for deleted, _ in reached.values())):
+    if not (session.identity_map.check_modified() or any(deleted for deleted, _ in reached.values())):
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.dirty:

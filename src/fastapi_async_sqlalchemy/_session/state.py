@@ -98,8 +98,12 @@ class JoinedBlock:
 
 
 class SessionState:
-    """The state of a session. Defaults are class attributes, which cost nothing when a session is created."""
+    """The state of a session. Defaults are class attributes, which cost nothing when a session is created.
 
+    Each database has a subclass, so that ``shared`` is one, too.
+    """
+
+    shared: Shared
     closed: bool = False
     """The unit has ended: nothing may begin again."""
     holder: asyncio.Task[Any] | None = None
@@ -137,9 +141,6 @@ class SessionState:
     """A response is about to start: other tasks wait until the transaction is settled."""
     xid: str = ""
     """The name of the transaction, if it takes part in a two-phase commit."""
-
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
 
     def limit(self, checkout: Checkout) -> None:
         """Apply limits to the session's connections."""
@@ -218,14 +219,14 @@ class SessionState:
             )
 
 
-@define(eq=False, repr=False)
 class LateState:
     """A descriptor that creates a session's state on first access; the state then replaces it."""
 
-    shared: Shared
+    def __init__(self, shared: Shared) -> None:
+        self._state_class: type[SessionState] = type("SessionState", (SessionState,), {"shared": shared})
 
     def __get__(self, session: StatefulSession, _: type[StatefulSession]) -> SessionState:
-        session._fastapi_async_sqlalchemy = state = SessionState(self.shared)
+        session._fastapi_async_sqlalchemy = state = self._state_class()
         return state
 
 
@@ -254,7 +255,7 @@ def held_by_owner(session: StatefulSession) -> bool:
         return True
     if state.joined and not all(block.elsewhere() for block in state.joined):
         return True
-    return (bool(state.streams) and state.streaming()) or state.busy()
+    return (bool(state.streams) and state.streaming()) or (state.holder is not None and state.busy())
 
 
 def note_statement(session: StatefulSession, statement: str) -> None:

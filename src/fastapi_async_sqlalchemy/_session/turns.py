@@ -39,34 +39,29 @@ _STREAM_LEFT: Final = (
 _FLUSH_FAILED: Final = "a flush in it failed and it has been rolled back"
 
 
-def take_turn(session: StatefulSession, name: str, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    """Run an operation if no other task is in the middle of one; otherwise refuse it."""
-    state = session._fastapi_async_sqlalchemy
-    task = task_at_work()
-    if (state.holder is not None or state.closed) and _reenter(state, task, name):
-        return call(*args, **kwargs)
-    outer = _enter(state, session, task, name)
-    try:
-        result = call(*args, **kwargs)
-    except BaseException as error:
-        _translate(state, error)
-        raise
-    finally:
-        _leave(session, state, task, outer)
-    if state.closed and name not in ENDINGS:
-        raise UnitClosedError(state.shared.name)
-    if state.streamed:
-        watch_stream(session, result)
-    return result
-
-
-def exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Guard an operation that waits for the database: one task at a time may run it."""
-    name = method.__name__
+def exclusive(method: Callable[..., T], name: str = "") -> Callable[..., T]:
+    """Guard an operation that waits for the database: one task at a time may run it; others are refused."""
+    name = name or method.__name__
 
     @functools.wraps(method)
-    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
-        return take_turn(session, name, method, session, *args, **kwargs)
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> T:
+        state = session._fastapi_async_sqlalchemy
+        task = task_at_work()
+        if (state.holder is not None or state.closed) and _reenter(state, task, name):
+            return method(session, *args, **kwargs)
+        outer = _enter(state, session, task, name)
+        try:
+            result = method(session, *args, **kwargs)
+        except BaseException as error:
+            _translate(state, error)
+            raise
+        finally:
+            _leave(session, state, task, outer)
+        if state.closed and name not in ENDINGS:
+            raise UnitClosedError(state.shared.name)
+        if state.streamed:
+            watch_stream(session, result)
+        return result
 
     return operation
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from . import turns
 from .outcome import decide_rollback, end_committed, follow, require_commit
 from .state import LateState, StatefulSession, has_written, pending
-from .turns import take_turn
+from .turns import exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +93,11 @@ class WatchedSession(StatefulSession):
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Return the engine that the session's own class chooses, or one derived from it."""
-        return _reached(self._fastapi_async_sqlalchemy, super().get_bind(*args, **kwargs))
+        bind = super().get_bind(*args, **kwargs)
+        state = self._fastapi_async_sqlalchemy
+        if bind is state.shared.engine and state.route is None:
+            return bind
+        return _reached(state, bind)
 
     def connection(
         self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
@@ -128,35 +132,40 @@ class OwnedTransaction(SessionTransaction):
 
     def commit(self, *args: Any, **kwargs: Any) -> None:
         """Commit, or release the savepoint."""
-        session = self._owner()
-        if session is None:
-            super().commit(*args, **kwargs)
-            return
-        end = partial(super().commit, *args, **kwargs)
-        take_turn(session, "commit", self._commit, session, end)
-
-    def _commit(self, session: StatefulSession, end: Callable[[], None]) -> None:
-        if self.parent is None and session.in_nested_transaction():
-            require_commit(session)  # otherwise savepoints would end before COMMIT is refused
-            while (savepoint := session.get_nested_transaction()) is not None:
-                savepoint.commit()
-        try:
-            end()
-        except BaseException:
-            end_committed(session)
-            raise
-
-    def rollback(self, *args: Any, **kwargs: Any) -> None:
-        """Roll back, to the savepoint if it is one."""
-        session = self._owner()
-        end = partial(super().rollback, *args, **kwargs)
+        end, session = partial(super().commit, *args, **kwargs), self._owner()
         if session is None:
             end()
         else:
-            take_turn(session, "rollback", end)
+            _commit_owned(session, self, end)
+
+    def rollback(self, *args: Any, **kwargs: Any) -> None:
+        """Roll back, to the savepoint if it is one."""
+        end, session = partial(super().rollback, *args, **kwargs), self._owner()
+        if session is None:
+            end()
+        else:
+            _roll_back_owned(session, end)
 
     def _owner(self) -> StatefulSession | None:
         return cast("StatefulSession | None", self.session)  # SQLAlchemy drops it at the end
+
+
+@partial(exclusive, name="commit")
+def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end: Callable[[], None]) -> None:
+    if transaction.parent is None and session.in_nested_transaction():
+        require_commit(session)  # otherwise savepoints would end before COMMIT is refused
+        while (savepoint := session.get_nested_transaction()) is not None:
+            savepoint.commit()
+    try:
+        end()
+    except BaseException:
+        end_committed(session)
+        raise
+
+
+@partial(exclusive, name="rollback")
+def _roll_back_owned(_: StatefulSession, end: Callable[[], None]) -> None:
+    end()
 
 
 def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:

@@ -72,7 +72,7 @@ class TaskUnits(Place[S_co]):
             return self._asked()
         unit = self._units.get(task)
         if unit is None:
-            self._units[task] = unit = UnitOfWork(self._outer, config=self._config)
+            self._units[task] = unit = UnitOfWork(self._outer, self._config, None)
             self._database.asked.set(ref(task))
             if task is not self._owner:
                 task.add_done_callback(self._end)

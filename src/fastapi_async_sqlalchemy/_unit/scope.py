@@ -60,7 +60,7 @@ class UnitScope(OneUse, Generic[S_co]):
         if not database.connected and not self._entered:
             raise SessionNotInitialisedError(database.name)
         self._enter_once(database.name)
-        self.unit = unit = UnitOfWork(self.current.get(), config=self.config)
+        self.unit = unit = UnitOfWork(self.current.get(), self.config, None)
         self.current.set(unit)
         return unit
 

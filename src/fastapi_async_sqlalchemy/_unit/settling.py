@@ -89,14 +89,14 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
     if action is HOLD:
         return Outcome.HELD
     if action is COMMIT:
-        return Outcome.KEPT if await _commit(unit, opened) else Outcome.UNDONE
+        if unit._hooks is not None:
+            return await _commit_with_hooks(unit, unit._hooks, opened)
+        await opened.commit()
+        return Outcome.KEPT
     if action is ROLL_BACK:
         await roll_back(unit)
     elif action is RELEASE:
-        try:
-            await opened.run_sync(release)
-        except Exception:  # any error: nothing was written
-            logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
+        await _release(unit, opened)
     if action is ROLL_BACK or action is LEAVE:  # a set would be allocated
         return Outcome.UNDONE
     if unit._hooks is not None and not last and decision is not Decision.KEEP:
@@ -229,16 +229,23 @@ async def _before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
     return Decision.ROLLBACK if hooks.rollback_only else Decision.COMMIT
 
 
-async def _commit(unit: UnitOfWork[Any], opened: AsyncSession) -> bool:
-    """Commit; roll back and return False if a ``before_commit`` hook has set rollback-only."""
+async def _commit_with_hooks(unit: UnitOfWork[Any], hooks: Hooks, opened: AsyncSession) -> Outcome:
+    """Commit; roll back if a ``before_commit`` hook has set rollback-only."""
     try:
         await opened.commit()
     except UnexpectedRollbackError:
-        if unit._hooks is None or not unit._hooks.rollback_only:
+        if not hooks.rollback_only:
             raise
         await roll_back(unit)
-        return False
-    return True
+        return Outcome.UNDONE
+    return Outcome.KEPT
+
+
+async def _release(unit: UnitOfWork[Any], opened: AsyncSession) -> None:
+    try:
+        await opened.run_sync(release)
+    except Exception:  # any error: nothing was written
+        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
 
 
 async def _close(unit: UnitOfWork[Any], *, committed: bool) -> None:

@@ -52,17 +52,17 @@ class UnitOfWork(Place[S_co]):
     ``opened`` is the session if one exists and the unit is open, otherwise None. It never creates one.
     """
 
-    _config: UnitConfig[S_co] = field(kw_only=True, alias="config")
-    _scope: Scope | None = field(default=None, kw_only=True, alias="scope")
+    _config: UnitConfig[S_co]
+    _scope: Scope | None
     """The ASGI scope of the request that the unit serves."""
-    _watched: StatefulSession | None = None
+    _watched: StatefulSession | None = field(default=None, init=False)
     """The synchronous side of the opened session, which carries its state."""
-    _phase: Phase = FRESH
-    _hooks: Hooks | None = None
+    _phase: Phase = field(default=FRESH, init=False)
+    _hooks: Hooks | None = field(default=None, init=False)
     """Created after the session, so that a unit with hooks always has a session."""
-    _joined: list[JoinedBlock] | None = None
+    _joined: list[JoinedBlock] | None = field(default=None, init=False)
     """The open blocks that have joined the unit."""
-    _info: dict[str, Any] | None = None
+    _info: dict[str, Any] | None = field(default=None, init=False)
 
     @property
     def closed(self) -> bool:

@@ -20,8 +20,14 @@ CommitWhen: TypeAlias = Callable[[int, BaseException | None], bool]
 class CommitPolicy:
     """The rule by which a response decides about its transaction."""
 
-    commit_on_exit: bool
+    success: Decision
+    """The decision for a response that is a success."""
     commit_when: CommitWhen | None
+
+    @property
+    def commit_on_exit(self) -> bool:
+        """Whether a success is committed."""
+        return self.success is Decision.COMMIT
 
     @property
     def may_commit(self) -> bool:
@@ -35,14 +41,14 @@ class CommitPolicy:
             return Decision.COMMIT if commits else Decision.ROLLBACK
         if status >= _ERROR_STATUS or exception is not None:
             return Decision.ROLLBACK
-        return Decision.of_exit(commit_on_exit=self.commit_on_exit)
+        return self.success
 
     def tail(self, standing: Decision | None, *, complete: bool) -> Decision:
         """Return the decision after the application has returned; one made at the response's start stands.
 
         An incomplete response is no success: the client has left, or the application gave up.
         """
-        decision = standing or Decision.of_exit(commit_on_exit=self.commit_on_exit)
+        decision = standing or self.success
         return decision if complete or decision is not Decision.COMMIT else Decision.ROLLBACK
 
 
@@ -56,4 +62,5 @@ def commit_policy(commit_on_exit: object, commit_when: CommitWhen | None) -> Com
         wanted = "a plain function of a status and an exception"
         msg = "commit_when"
         raise ConfigurationError(msg, wanted, commit_when)
-    return CommitPolicy(commit_on_exit=boolean("commit_on_exit", commit_on_exit), commit_when=commit_when)
+    success = Decision.of_exit(commit_on_exit=boolean("commit_on_exit", commit_on_exit))
+    return CommitPolicy(success=success, commit_when=commit_when)

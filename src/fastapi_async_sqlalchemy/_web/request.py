@@ -38,10 +38,10 @@ _LAST_OF_A_RESPONSE: Final = frozenset(
 class RequestUnit(UnitOfWork[Any]):
     """A request's unit and its response, in one object because every request creates it."""
 
-    _policy: CommitPolicy = field(kw_only=True, alias="policy")
-    _listen: Receive = field(kw_only=True, alias="listen")
-    _forward: Send = field(kw_only=True, alias="forward")
-    _bodies: KeptBodies | None = field(kw_only=True, alias="bodies")
+    _policy: CommitPolicy
+    _listen: Receive
+    _forward: Send
+    _bodies: KeptBodies | None
     """None where no COMMIT of a response can fail."""
     _outer_exception: BaseException | None = field(init=False)
     _app: object = field(init=False)
@@ -61,10 +61,6 @@ class RequestUnit(UnitOfWork[Any]):
     _committed: list[Database[Any]] | None = None
     """The databases that inner middlewares have committed."""
 
-    def _send(self, message: Message) -> Awaitable[None]:
-        """Pass a message on, unless it would overtake another one."""
-        return self._in_turn(message) if self._ahead else self._pass_on(message)
-
     async def _in_turn(self, message: Message) -> None:
         """Pass a message on once all earlier ones, of any task, have been forwarded."""
         self._ahead += 1
@@ -75,7 +71,7 @@ class RequestUnit(UnitOfWork[Any]):
             async with self._order:
                 # the rest of a response whose start was cut short is dropped: another one may come
                 if self._sent != "nothing" or message["type"] == "http.response.start":
-                    await self._pass_on(message)
+                    await self._send(message, waited=True)
         finally:
             self._leave_queue()
 
@@ -84,13 +80,19 @@ class RequestUnit(UnitOfWork[Any]):
         if not self._ahead:
             self._order = None
 
-    def _pass_on(self, message: Message) -> Awaitable[None]:
-        """Settle the unit before the response starts, record the response's end, pass everything on."""
+    def _send(self, message: Message, *, waited: bool = False) -> Awaitable[None]:
+        """Settle the unit before the response starts, record the response's end, pass everything on.
+
+        A message that would overtake another one waits.
+        """
+        if self._ahead and not waited:
+            return self._in_turn(message)
         sent = self._sent
         if sent == "nothing":
             if message["type"] == "http.response.start":
                 self._sent = "start"
-                if self.opened is not None or self._policy.commit_when is not None:
+                session = self._watched
+                if self._policy.commit_when is not None or (session is not None and self._unsettled(session)):
                     return self._start(message, sys.exception())
                 if self._received:
                     self._forget_body(())
@@ -101,23 +103,32 @@ class RequestUnit(UnitOfWork[Any]):
             return drop()
         return self._forward(message)
 
+    def _unsettled(self, session: StatefulSession) -> bool:
+        """Whether something is left to settle when the response starts."""
+        if self._hooks is not None or self._joined or session.in_transaction():
+            return True
+        if session._fastapi_async_sqlalchemy.committed_writes:
+            self._note_commit(session)
+        return False
+
     async def _start(self, message: Message, exception: BaseException | None) -> None:
         """Settle, then forward; messages sent meanwhile wait, and are dropped if the commit fails."""
         first = not self._ahead
         self._ahead += 1
         try:
-            await self._settle(message["status"], None if exception is self._outer_exception else exception)
+            if exception is self._outer_exception:
+                exception = None
+            await self._settle(self._watched, message["status"], exception)
             await self._forward(message)
         finally:
             if first and self._order is not None:
                 self._order.release()
             self._leave_queue()
 
-    async def _settle(self, status: int, exception: BaseException | None) -> None:
+    async def _settle(
+        self, session: StatefulSession | None, status: int, exception: BaseException | None
+    ) -> None:
         """Settle for a response; a failed commit abandons it and unwinds the application."""
-        session = self._watched
-        if session is not None and not (self._hooks or session.in_transaction()):
-            session = None  # nothing is awaited for it
         if session is not None:
             session._fastapi_async_sqlalchemy.settling = True
         try:
