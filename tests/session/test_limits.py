@@ -222,7 +222,19 @@ def find_deadlock(error: BaseException) -> bool:
     return isinstance(error, PropagationError)
 
 
-@pytest.mark.parametrize("wait", [nested_unit, gathered, grouped, gathered_deeply, gathered_one_by_one])
+async def grouped_late(db: Db) -> None:
+    """Wait for a task that a child starts while its group is being left."""
+
+    async def start() -> None:
+        tasks.create_task(read(db))
+
+    async with db.task_group() as tasks:
+        tasks.create_task(start())
+
+
+@pytest.mark.parametrize(
+    "wait", [nested_unit, gathered, grouped, grouped_late, gathered_deeply, gathered_one_by_one]
+)
 @pytest.mark.parametrize("holder", ["owner", "task"])
 async def test_deadlock_with_oneself(sqlite_worker: Site, wait: Act, holder: str) -> None:
     """The holder of the last place who waits for somebody that needs it gets an error at once."""

@@ -40,11 +40,10 @@ class Children(Generic[S_co]):
     config: UnitConfig[S_co]
     current: ContextVar[Place[S_co]]
 
-    def await_all(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        """Record that the current task waits for others, and refuse a wait that could never end."""
-        waiting, shared = asyncio.current_task(), self.config.database.shared
+    def await_all(self, waiting: asyncio.Task[Any] | None, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """Record that a task waits for others, and refuse a wait that could never end."""
         if waiting is not None:
-            shared.awaited.update(dict.fromkeys(tasks, waiting))
+            self.config.database.shared.awaited.update(dict.fromkeys(tasks, waiting))
         limits = self.config.limits
         if limits is not None and limits.places is not None:
             limits.places.refuse_deadlock()
@@ -123,7 +122,7 @@ async def gather(
         max_concurrent = children.config.limits.max_concurrent
     places = _places(max_concurrent)
     tasks = [asyncio.ensure_future(children.run(coroutine, places)) for coroutine in coroutines]
-    children.await_all(tasks)
+    children.await_all(asyncio.current_task(), tasks)
     try:
         await _all_or_first_error(tasks, return_exceptions=return_exceptions)
         errors = [_error(task) for task in tasks]
@@ -215,6 +214,8 @@ class UnitTaskGroup(Generic[S_co]):
     _group: asyncio.TaskGroup = Factory(asyncio.TaskGroup)
     _entered: tuple[Children[S_co], AbstractAsyncContextManager[Any]] | None = None
     _running: set[asyncio.Task[Any]] = Factory(set["asyncio.Task[Any]"])
+    _leaving: asyncio.Task[Any] | None = None
+    """The task that leaves the group, and so waits for tasks that others still start in it."""
 
     async def __aenter__(self) -> Self:
         children = self._children()
@@ -238,6 +239,7 @@ class UnitTaskGroup(Generic[S_co]):
             coroutine.close()
             raise
         self._running.add(task)
+        children.await_all(self._leaving, [task])
         task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: coroutine.close())
         return task
@@ -246,7 +248,8 @@ class UnitTaskGroup(Generic[S_co]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._entered is not None:
-            self._entered[0].await_all(self._running)
+            self._leaving = asyncio.current_task()
+            self._entered[0].await_all(self._leaving, self._running)
         await self._group.__aexit__(kind, error, trace)
 
 
