@@ -25,7 +25,7 @@ from .._session.state import StatefulSession, has_written
 from .._unit.database import UnitConfig
 from .._unit.place import Handle
 from .._unit.scope import OneUse, UnitScope
-from .._unit.settling import roll_back
+from .._unit.settling import Decision, before_commit, roll_back, settle
 from ..exceptions import ConfigurationError, InDoubtError, UnexpectedRollbackError
 from .branch import Branch, address_of, group_of
 
@@ -124,12 +124,7 @@ class AtomicScope(OneUse):
     async def _end(self) -> None:
         """Prepare and commit the units in use; if one is rollback-only, roll all of them back."""
         for unit in self.units:
-            hooks = unit._own_hooks()
-            await _state(unit).idle()
-            hooks.atomic = False
-            if not hooks.rollback_only and not unit.session.in_transaction():
-                hooks.refuse_commit()
-                await hooks.before_commit()
+            await _run_hooks(unit)
         if any(unit._own_hooks().rollback_only for unit in self.units):
             for unit in reversed(self.units):
                 await roll_back(unit)
@@ -140,7 +135,7 @@ class AtomicScope(OneUse):
         else:
             for unit in used:
                 unit.session.sync_session.twophase = False
-                await unit.commit()
+                await settle(unit, Decision.COMMIT, last=True)
         for unit in self.units:
             await unit._own_hooks().settled(committed=True)
 
@@ -186,6 +181,14 @@ class AtomicScope(OneUse):
                 raise InDoubtError(self.transaction, names[:at], names[at:]) from error
             finally:
                 state.hooks = hooks
+
+
+async def _run_hooks(unit: UnitOfWork[Any]) -> None:
+    """Run the hooks of a unit without a transaction, once no other task uses it."""
+    await _state(unit).idle()
+    hooks = unit._own_hooks()
+    hooks.atomic = False
+    await before_commit(hooks, _watched(unit))
 
 
 def _watched(unit: UnitOfWork[Any]) -> StatefulSession:

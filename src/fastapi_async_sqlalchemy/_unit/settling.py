@@ -193,7 +193,7 @@ async def _prepare(
         await state.joined_ended(_patience(unit))
     if state.holder is not None and (last or hooks is not None or has_written(session)):
         await state.idle()
-    return decision if hooks is None else await _before_commit(hooks, session)
+    return decision if hooks is None else await before_commit(hooks, session)
 
 
 def _serves(task: asyncio.Task[Any] | None, unit: UnitOfWork[Any]) -> bool:
@@ -219,7 +219,7 @@ def _patience(unit: UnitOfWork[Any]) -> float | None:
     return pool.timeout() if isinstance(pool, QueuePool) else _PATIENCE
 
 
-async def _before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
+async def before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
     """Run ``before_commit`` hooks if no transaction is open, as they may begin one; return the decision."""
     if not hooks.rollback_only and not session.in_transaction():
         hooks.refuse_commit()
