@@ -45,10 +45,14 @@ async def narrow(driver_url: str, judge_for: JudgeFor) -> AsyncIterator[Narrow]:
         db.unbind()
 
 
-async def wait_on_connection(site: Narrow) -> asyncio.Task[Any]:
+async def wait_on_connection(site: Narrow) -> asyncio.Task[None]:
     """Have a child task wait at a gate on the current session's own connection."""
     connection = await site.db.session.connection()
-    child = asyncio.create_task(connection.execute(passing(site.gate)))
+
+    async def wait() -> None:
+        await connection.execute(passing(site.gate))
+
+    child = asyncio.create_task(wait())
     await site.gate.reached()
     return child
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import inspect
 from sqlalchemy.orm import LoaderCallableStatus
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def note_unflushed(session: StatefulSession, _flush_context: object, _objects: o
     if session.identity_map.check_modified() or session.deleted:  # the set of dirty objects is slow
         originals = session._fastapi_async_sqlalchemy.writing().originals
         for one in (*session.dirty, *session.deleted):
-            _note(originals, inspect(one))
+            _note(originals, instance_state(one))
 
 
 def note_flushed(session: StatefulSession, flush_context: Any) -> None:
@@ -35,7 +34,7 @@ def note_flushed(session: StatefulSession, flush_context: Any) -> None:
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.dirty:
-        state: InstanceState[Any] = inspect(one)
+        state: InstanceState[Any] = instance_state(one)
         _add(originals.setdefault(state, {}), state.committed_state)
     for state, (deleted, _) in reached.items():
         if deleted:
@@ -50,7 +49,7 @@ def note_loaded(session: StatefulSession, statement: Any) -> None:
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.identity_map.values():
         if isinstance(one, entity):
-            _note(originals, inspect(one))
+            _note(originals, instance_state(one))
 
 
 def roll_back(session: Session) -> None:
@@ -60,7 +59,7 @@ def roll_back(session: Session) -> None:
     loaded by reading it.
     """
     originals = cast("StatefulSession", session)._fastapi_async_sqlalchemy.ledger.originals
-    states: list[InstanceState[Any]] = [inspect(one) for one in session.identity_map.values()]
+    states: list[InstanceState[Any]] = [instance_state(one) for one in session.identity_map.values()]
     loaded = [(state.obj(), state, _loaded(state, originals.get(state, {}))) for state in states]
     known = set(states)
     loaded += [(state.obj(), state, before) for state, before in originals.items() if state not in known]
@@ -107,7 +106,7 @@ def _relationships(state: InstanceState[Any], values: dict[str, Any]) -> Iterato
         if found.lazy in {"dynamic", "write_only"}:
             continue  # they load nothing
         related = _related(value, uselist=bool(found.uselist))
-        if all(inspect(one).persistent for one in related):
+        if all(instance_state(one).persistent for one in related):
             yield key, related if found.uselist else value
 
 

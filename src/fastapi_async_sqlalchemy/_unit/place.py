@@ -85,7 +85,9 @@ def bound_here() -> list[Place[Any]]:
     """Return the current values of all databases' variables, each with the places around it."""
     places: list[Place[Any]] = []
     for value in copy_context().values():
-        place: Place[Any] | None = value if isinstance(value, Place) else None
+        if not isinstance(value, Place):
+            continue
+        place: Place[Any] | None = value  # pyright: ignore[reportUnknownVariableType]  # redundant cast to mypy
         while place is not None:  # around() takes twice as long, and each request that writes comes here
             places.append(place)
             place = place._outer
