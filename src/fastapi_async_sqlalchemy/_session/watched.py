@@ -11,7 +11,7 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, end_committed, follow, require_commit
+from .outcome import decide_rollback, end_interrupted, follow, require_commit
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import take_turn
 
@@ -55,13 +55,17 @@ class WatchedSession(StatefulSession):
         try:
             super().commit()
         except BaseException:
-            end_committed(self)
+            end_interrupted(self)
             raise
 
     def rollback(self) -> None:
         """Roll back; lift every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
-        super().rollback()
+        try:
+            super().rollback()
+        except BaseException:
+            end_interrupted(self)
+            raise
 
     def close(self) -> None:
         """Close for good once the unit has ended; before that, follow ``close_resets_only``."""
@@ -77,7 +81,11 @@ class WatchedSession(StatefulSession):
         if has_written(self):
             logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
         decide_rollback(self)
-        super().reset()
+        try:
+            super().reset()
+        except BaseException:
+            end_interrupted(self)
+            raise
 
     def invalidate(self) -> None:
         """Discard the connections, and reset the session unless the unit has ended."""
@@ -143,7 +151,7 @@ class OwnedTransaction(SessionTransaction):
         try:
             end()
         except BaseException:
-            end_committed(session)
+            end_interrupted(session)
             raise
 
     def rollback(self, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +161,14 @@ class OwnedTransaction(SessionTransaction):
         if session is None:
             end()
         else:
-            take_turn(session, "rollback", end)
+            take_turn(session, "rollback", self._roll_back, session, end)
+
+    def _roll_back(self, session: StatefulSession, end: Callable[[], None]) -> None:
+        try:
+            end()
+        except BaseException:
+            end_interrupted(session)
+            raise
 
     def _owner(self) -> StatefulSession | None:
         return cast("StatefulSession | None", self.session)  # SQLAlchemy drops it at the end
