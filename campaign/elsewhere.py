@@ -12,15 +12,17 @@ from typing import Annotated, Final, NoReturn
 
 from anyio import from_thread
 from fastapi import Depends
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from campaign.case import current
 from campaign.pairs import jobs, main, second
-from campaign.routes import PartError, write, write_alone
-from fastapi_async_sqlalchemy import ConcurrentUseError, FastAPIAsyncSQLAlchemyError
+from campaign.routes import PartError, note, write, write_alone
+from fastapi_async_sqlalchemy import ConcurrentUseError, FastAPIAsyncSQLAlchemyError, SessionProxy
 
 COMMITTED, REFUSED, IN_DOUBT = 0, 3, 4
 """How a child process ends."""
-CHILD_SECONDS = 15
+CHILD_SECONDS = 5
 _ONE_JOB = threading.Lock()
 """One event loop at a time uses the engine of jobs."""
 
@@ -106,15 +108,28 @@ def job() -> None:
 
 
 def child() -> None:
-    """Write in a child process of a fork, by either driver, and meanwhile in the request's own unit."""
-    from_thread.run(write, "a")
+    """Write in a child process of a fork, by either driver, and meanwhile by all connections of the pool."""
+    db = second if current.get().number % 2 else main
+    from_thread.run(write, "a", db)
     pid = os.fork()
     if not pid:
-        _be_child()
+        _be_child(db)
     try:
-        from_thread.run(write, "b")
+        from_thread.run(_write_beside, db)
     finally:
         _note_end(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+async def _write_beside(db: SessionProxy[AsyncSession]) -> None:
+    note("gh", await db.gather(write("g", db), write("h", db), return_exceptions=True))
+    await write("b", db)
+
+
+async def _write_slowly(db: SessionProxy[AsyncSession]) -> None:
+    async with db(commit_on_exit=True):
+        await write("c", db)
+        for _ in range(5):
+            await db.session.execute(select(1))
 
 
 def _note_end(code: int) -> None:
@@ -128,13 +143,13 @@ def _note_end(code: int) -> None:
         raise PartError(message)
 
 
-def _be_child() -> NoReturn:
+def _be_child(db: SessionProxy[AsyncSession]) -> NoReturn:
     """Write, and end without any end of the parent's: nothing here belongs to the child."""
     signal.alarm(CHILD_SECONDS)
     case, code = current.get(), IN_DOUBT
     try:
         case.begun.clear()
-        asyncio.run(write_alone("c", second if case.number % 2 else main))
+        asyncio.run(_write_slowly(db))
         code = COMMITTED
     except Exception as error:  # noqa: BLE001  # the parent tells of it
         case.failed(error)

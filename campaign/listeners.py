@@ -42,7 +42,7 @@ def _note(session: Session, *_: object) -> None:
         case.committed("hand")
 
 
-def _fail(name: str, session: Session, *given: object) -> None:
+def _fail(name: str, session: Session, *_: object) -> None:
     """Fail once, at the end of the whole transaction where it is about ends."""
     if session.info.get(_FAILING) != name or session.in_nested_transaction():
         return

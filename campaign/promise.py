@@ -146,7 +146,7 @@ ROUTES = {
     "joined_dependency": Promise((_HELD,)),
     "other_loop": Promise((_A, _never("o"))),
     "job": Promise((_own("j", "j"), _own("k", "k"))),
-    "child": Promise((_response("ab"), _own("child", "c"))),
+    "child": Promise((_own("g", "g"), _own("h", "h"), _own("child", "c"), _response("ab"))),
 }
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from inspect import signature
 from typing import Annotated, Any, Final, Literal
@@ -257,14 +257,19 @@ async def gather() -> None:
         raise PartError
 
     results = await main.gather(write("g"), write("h"), fail(), return_exceptions=True, max_concurrent=2)
+    note("gh", results)
+    await write("a")
+
+
+def note(names: str, results: Sequence[BaseException | None]) -> None:
+    """Note what has become of units of their own."""
     case = current.get()
-    for name, result in zip("gh", results, strict=False):
-        if not isinstance(result, BaseException):
+    for name, result in zip(names, results, strict=False):
+        if result is None:
             case.committed(name)
     for result in results:
-        if isinstance(result, BaseException):
+        if result is not None:
             case.failed(result)
-    await write("a")
 
 
 async def two() -> None:

@@ -54,6 +54,8 @@ class Plan:
     sigterm: bool = True
     patience: float = 10.0
     """Seconds that the application is given to become idle; what is left after that is lost."""
+    deadline: float = DEADLINE
+    """Seconds after which an answer counts as one that never comes."""
 
 
 @define(eq=False)
@@ -83,9 +85,9 @@ class Result:
     exit_status: int | None = None
     log: str = ""
 
-    def find(self, kind: str, text: str) -> None:
+    def find(self, kind: str, text: str, number: int = 0) -> None:
         """Add something that must not be."""
-        self.findings.append(Finding(kind, text))
+        self.findings.append(Finding(kind, text, number))
 
 
 @define(eq=False)
@@ -101,6 +103,12 @@ class Campaign:
 
     async def go_through(self) -> None:
         """Go through all that is to happen, one after the other."""
+        try:
+            await self._all()
+        except (OSError, EOFError) as error:  # a timeout is one, too
+            self.result.find("gone", f"the application does not tell its state: {error!r}")
+
+    async def _all(self) -> None:
         plan = self.result.plan
         await self.storm()
         await self.idle()
@@ -125,8 +133,8 @@ class Campaign:
         result.answers = clients.answers
         result.recovery = self.recover()
         result.faults += self.faults.counts + clients.kinds
-        if clients.hung:
-            result.find("hung", f"no answer within {DEADLINE:g} seconds: {clients.hung[:20]}")
+        for number in clients.hung:
+            result.find("hung", f"{number} got no answer within {clients.deadline:g} seconds", number)
         log = self.process.log()
         result.log = log[-LAST_OF_LOG:]
         for complaint in COMPLAINTS:
@@ -169,7 +177,7 @@ class Campaign:
         expected = answer.status == promise.status or (promise.contended and answer.status == CONFLICT)
         if not expected:
             what = f"{answer.number} {answer.route} got {answer.status or 'no answer'}: {answer.error}"
-            self.result.find("calm", f"without any fault {what}")
+            self.result.find("calm", f"without any fault {what}", answer.number)
         return expected
 
     async def idle(self) -> dict[str, Any]:
@@ -267,7 +275,8 @@ async def run(server: Server, plan: Plan) -> Result:
             broken=plan.broken,
         )
         process = await stack.enter_async_context(Process(settings))
-        clients = Clients(process.port, plan.routes or routes_for(postgresql=server.name == "postgresql"))
+        routes = plan.routes or routes_for(postgresql=server.name == "postgresql")
+        clients = Clients(process.port, routes, plan.deadline)
         faults = Faults(server, list(proxies.values()), lambda: clients.burst(3 * POOL_SIZE, 0.4), rng)
         campaign = Campaign(server, process, clients, faults, random.Random(rng.random()), result)  # noqa: S311  # likewise
         await campaign.go_through()
