@@ -135,6 +135,7 @@ async def _write_slowly(db: SessionProxy[AsyncSession]) -> None:
 def _note_end(code: int) -> None:
     case = current.get()
     if code == COMMITTED:
+        case.begun["main"] += 1  # where nobody here could see it
         case.committed("child")
     elif code != REFUSED:
         case.doubt.add("main")

@@ -89,7 +89,7 @@ def shards(away: AsyncEngine) -> SessionArgs:
 
 async def sharded(request: Request) -> None:
     """Write to both shards, in a unit of its own with a deadline."""
-    async with main(commit_on_exit=True, session_args=shards(request.app.state.away), pool_timeout=0.3):
+    async with main(commit_on_exit=True, session_args=shards(request.app.state.away), pool_timeout=2):
         add("a")
         add("l")
         await main.session.flush()

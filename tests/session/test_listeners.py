@@ -1,12 +1,12 @@
 """Listeners of the user's that fail: after COMMIT nothing is undone, before it everything is."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 from attrs import define
-from sqlalchemy import event, insert, text
+from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
@@ -25,6 +25,7 @@ from tests.support.hooks import (
     die_in_commit,
     leave,
     leave_unflushed,
+    listening,
 )
 from tests.support.site import MakeSite, Site
 from tests.support.tables import Note
@@ -129,16 +130,6 @@ class Stand:
     url: str
     judge_for: JudgeFor
     log: Log
-
-
-@contextmanager
-def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
-    """Listen, and no longer afterwards: the process goes on."""
-    event.listen(target, name, listener, insert=first)
-    try:
-        yield
-    finally:
-        event.remove(target, name, listener)
 
 
 async def play(

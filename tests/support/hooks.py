@@ -1,8 +1,10 @@
 """A log of hooks that ran, and ways to end a unit."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import UnitOfWork
@@ -115,6 +117,16 @@ async def fail_in_begin_block(unit: Unit) -> None:
 async def leave_unflushed(unit: Unit) -> None:
     """Change objects alone, and leave the rest to the end of the unit."""
     unit.session.add(Note(text="a"))
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
+    """Listen, and no longer afterwards: the process goes on."""
+    event.listen(target, name, listener, insert=first)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
 
 
 async def die_in_commit(judge: Judge) -> None:
