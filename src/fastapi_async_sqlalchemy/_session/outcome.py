@@ -156,11 +156,11 @@ def _after_commit(session: StatefulSession) -> None:
         state.hooks.decide(committed=True)
 
 
-def end_committed(session: StatefulSession) -> None:
-    """End a transaction that was committed although ``commit()`` raises: a user's listener failed."""
+def end_interrupted(session: StatefulSession) -> None:
+    """End a transaction whose end a user's listener has cut short by an error."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
     if transaction is None:
-        if state.committed:  # a listener of its end prevented ours from running
+        if state.committed or state.ledger is not BLANK:  # ours was not reached
             _end_root(session, state)
         return
     if state.committing:  # our listener was not reached, and the database did not refuse

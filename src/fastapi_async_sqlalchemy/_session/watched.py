@@ -11,7 +11,7 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, end_committed, follow, require_commit
+from .outcome import decide_rollback, end_interrupted, follow, require_commit
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import exclusive
 
@@ -55,13 +55,17 @@ class WatchedSession(StatefulSession):
         try:
             super().commit()
         except BaseException:
-            end_committed(self)
+            end_interrupted(self)
             raise
 
     def rollback(self) -> None:
         """Roll back; lift every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
-        super().rollback()
+        try:
+            super().rollback()
+        except BaseException:
+            end_interrupted(self)
+            raise
 
     def close(self) -> None:
         """Close for good once the unit has ended; before that, follow ``close_resets_only``."""
@@ -77,7 +81,11 @@ class WatchedSession(StatefulSession):
         if has_written(self):
             logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
         decide_rollback(self)
-        super().reset()
+        try:
+            super().reset()
+        except BaseException:
+            end_interrupted(self)
+            raise
 
     def invalidate(self) -> None:
         """Discard the connections, and reset the session unless the unit has ended."""
@@ -159,13 +167,17 @@ def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end
     try:
         end()
     except BaseException:
-        end_committed(session)
+        end_interrupted(session)
         raise
 
 
 @partial(exclusive, name="rollback")
-def _roll_back_owned(_: StatefulSession, end: Callable[[], None]) -> None:
-    end()
+def _roll_back_owned(session: StatefulSession, end: Callable[[], None]) -> None:
+    try:
+        end()
+    except BaseException:
+        end_interrupted(session)
+        raise
 
 
 def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
