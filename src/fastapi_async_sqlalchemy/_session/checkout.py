@@ -143,9 +143,12 @@ class Limits:
 
 
 def _connect(shared: Shared, engine: ref[Engine]) -> Connection:
-    """Check a connection out for the session at work; called inside SQLAlchemy's greenlet."""
-    state = shared.operating[task_at_work()]._fastapi_async_sqlalchemy
-    return cast("Checkout", state.checkout).connect(cast("Engine", engine()), state.outer_holds)
+    """Check a connection out, for the session at work; called inside SQLAlchemy's greenlet."""
+    session, found = shared.operating.get(task_at_work()), cast("Engine", engine())
+    state = None if session is None else session._fastapi_async_sqlalchemy
+    if state is None or state.checkout is None:  # user code connects by what `get_bind()` has returned
+        return type(found).connect(found)
+    return state.checkout.connect(found, state.outer_holds)
 
 
 def limits_of(

@@ -62,7 +62,7 @@ def watch_stream(session: StatefulSession, result: object) -> None:
     cursor: CursorResult[Any] = raw
     held: Any = cursor.context if cursor is found else found
     stream = Stream(ref(held), vars(cursor), cursor.dialect.name in UNBUFFERED)
-    state.streams += (stream,)
+    state.streams = (*(one for one in state.streams if one.unread), stream)
     state.shared.connections[cursor.connection] = ref(session)
     state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered
 

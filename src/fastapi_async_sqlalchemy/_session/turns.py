@@ -71,11 +71,12 @@ def returning(method: Callable[..., Any]) -> Callable[..., Any]:
     guarded = exclusive(method)
 
     @functools.wraps(method)
-    def operation(session: StatefulSession, statement: Any, *args: Any, **kwargs: Any) -> Any:
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
+        statement = args[0] if args else kwargs.get("statement")
         closed = session._fastapi_async_sqlalchemy.closed
         if getattr(statement, "is_dml", False) and session.identity_map and not closed:
             note_loaded(session, statement)
-        return guarded(session, statement, *args, **kwargs)
+        return guarded(session, *args, **kwargs)
 
     return operation
 
@@ -269,7 +270,7 @@ def _translate(state: SessionState, error: BaseException) -> None:
     flush_failed = type(error) is PendingRollbackError and state.operation == "commit"
     if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
-    if isinstance(error, PoolTimeout):
+    if isinstance(error, PoolTimeout) and not isinstance(error, PoolTimeoutError):
         pools = [engine.pool for engine in state.shared.loops.engines]
         pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
         timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
