@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .checkout import Checkout, Route
     from .hooks import Hooks
-    from .streams import Stream
+    from .streams import ConnectionStream, Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -118,7 +118,7 @@ class SessionState:
     """COMMIT was requested and is about to be sent."""
     released: bool = False
     """A savepoint was just released and is about to end."""
-    streams: tuple[Stream, ...] = ()
+    streams: tuple[Stream | ConnectionStream, ...] = ()
     hooks: Hooks | None = None
     checkout: Checkout | None = None
     """The checkout of the session's connections, if it is limited."""

@@ -18,6 +18,7 @@ from sqlalchemy.util import EMPTY_DICT, await_only
 from ..exceptions import ConcurrentUseError, PoolTimeoutError, UnexpectedRollbackError, UnitClosedError
 from .cancellation import clear_frames
 from .checkout import pool_status, remedy_for
+from .hooks import in_hook_of
 from .restoring import note_loaded
 from .state import SessionState, StatefulSession, task_at_work, task_name
 from .streams import watch_stream
@@ -185,6 +186,8 @@ def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> 
     Return whether it is inside another one.
     """
     while state.settling and state.holder is not None and state.holder is not task:
+        if in_hook_of(state.hooks):
+            break  # the settlement may be waiting for this task
         await_only(state.idle())
     _refuse(state, task, name)
     return state.holder is not None
@@ -250,6 +253,13 @@ def _leave_to_others(session: StatefulSession, state: SessionState, task: asynci
         if state.waiter is not None:
             state.waiter.set_result(None)
             state.waiter = None
+
+
+def refuse_to_lose_rows(session: StatefulSession | None) -> None:
+    """Refuse a statement on the session's connection itself; an operation of the session was asked before."""
+    state = None if session is None else session._fastapi_async_sqlalchemy
+    if state is not None and state.holder is None:
+        _refuse_between_rows(state, task_at_work(), "execute")
 
 
 def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
