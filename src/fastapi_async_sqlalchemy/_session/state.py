@@ -132,6 +132,8 @@ class SessionState:
     """The value of ``close_resets_only`` while the unit is open."""
     joined: Sequence[JoinedBlock] = ()
     """The open blocks that have joined the unit."""
+    beginner: asyncio.Task[Any] | None = None
+    """The task whose operation has begun the transaction."""
     committed: bool = False
     """COMMIT is done, and the transaction is about to end."""
     exposed: frozenset[Connection] = frozenset()
