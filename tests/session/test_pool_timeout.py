@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from starlette.middleware import Middleware
 
 from fastapi_async_sqlalchemy import (
+    EngineArgs,
     FastAPIAsyncSQLAlchemyError,
     PoolStatus,
     PoolTimeoutError,
@@ -40,16 +41,11 @@ TIMEOUT = 0.2
 DRIVERS_TIMEOUT = 2
 """Seconds that a driver waits for each statement: also for those that must succeed on a busy machine."""
 TIMED_OUT = r"^AsyncSession \(.+\) had no free connection within 0\.2 seconds \(1 of 1 are checked out\): "
-AT_ONCE = r"^AsyncSession \(.+\) had no free connection within 0 seconds \(1 of 1 are checked out\): "
 LONELY = TIMED_OUT + "hold connections for a shorter time, or give engine_args a larger pool_size"
-REMEDY = (
-    r"this unit stands inside one that holds a connection itself, so end that one's transaction "
+NESTED = (
+    TIMED_OUT + r"this unit stands inside one that holds a connection itself, so end that one's transaction "
     r"first, or, in the same task, join it by propagation='required' or 'nested'\.$"
 )
-NESTED = AT_ONCE + REMEDY
-"""A deadlock with oneself, which nobody waits for."""
-NESTED_ELSEWHERE = TIMED_OUT + REMEDY
-"""The unit around it is another task's, which may end."""
 
 UNREACHABLE = (
     r"^AsyncSession \(.+\) had no free connection within 0\.2 seconds \(0 of (5|no limit) are checked out\): "
@@ -147,7 +143,7 @@ async def test_two_tasks(tight: Site) -> None:
 
 
 async def test_unit_inside_another(tight: Site) -> None:
-    """A unit that would wait for the connection of the unit around it raises at once, and says so."""
+    """A unit that waits for the connection of the unit around it raises and says so, instead of hanging."""
     async with tight.db() as outer:
         await outer.session.scalar(select(1))
         with pytest.raises(PoolTimeoutError, match=NESTED):
@@ -155,6 +151,28 @@ async def test_unit_inside_another(tight: Site) -> None:
         assert tight.db.unit is outer
         assert await outer.session.scalar(select(1)) == 1
     await assert_whole(tight)
+
+
+@pytest.mark.parametrize("how", ["block", "gather", "connection"])
+async def test_deadlock_with_oneself(database_url: str, how: str) -> None:
+    """A wait for a connection that only this task's own units hold is refused at once, not after a minute."""
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+    args = EngineArgs(pool_size=1, max_overflow=0, pool_timeout=60.0, poolclass=AsyncAdaptedQueuePool)
+
+    async def wait() -> None:
+        if how == "connection":
+            async with db.connection():
+                pass
+        elif how == "gather":
+            await db.gather(read_current(db))
+        else:
+            await read(db)
+
+    async with asyncio.timeout(10), db.connect(database_url, engine_args=args), db() as outer:
+        await outer.session.scalar(select(1))
+        with pytest.raises(PoolTimeoutError, match=r"within 60 seconds .+ this unit stands inside one"):
+            await wait()
+        assert await outer.session.scalar(select(1)) == 1
 
 
 async def test_unit_deep_inside_another(tight_postgresql: Site) -> None:
@@ -170,7 +188,7 @@ async def test_child_task_inside_a_unit(tight_postgresql: Site) -> None:
     """It is nested, too, where a child task opens the unit, for which the outer one waits."""
     async with tight_postgresql.db() as outer:
         await outer.session.scalar(select(1))
-        with pytest.raises(PoolTimeoutError, match=NESTED_ELSEWHERE):
+        with pytest.raises(PoolTimeoutError, match=NESTED):
             await asyncio.create_task(cast("Any", read(tight_postgresql.db)))
     await assert_whole(tight_postgresql)
 
@@ -196,8 +214,7 @@ async def test_tasks_inside_a_unit(tight_postgresql: Site, where: str, options: 
     async with db() as outer:
         await outer.session.scalar(select(1))
         async with db(multi_sessions=True, **options):
-            told = NESTED if where == "the block's task" else NESTED_ELSEWHERE
-            with pytest.raises(PoolTimeoutError, match=told):
+            with pytest.raises(PoolTimeoutError, match=NESTED):
                 await (
                     read_current(db) if where == "the block's task" else asyncio.create_task(read_current(db))
                 )

@@ -211,7 +211,13 @@ class NestedRoute:
             task = state.shared.awaited.get(task)
         held = {one for one in self.enclosing() if holds_connection_of(one, pool, waiting)}
         if len(held) >= (status.checked_out or 0):
-            raise PoolTimeoutError(state.shared.name, 0.0, status, _NESTED)
+            timeout = None if state.checkout is None else state.checkout.limits.timeout
+            raise PoolTimeoutError(state.shared.name, _deadline(timeout, pool) or 0.0, status, _NESTED)
+
+
+def _deadline(timeout: float | None, pool: Pool) -> float | None:
+    """Return how many seconds a wait for a connection may take; None for a pool without a deadline."""
+    return pool.timeout() if timeout is None and isinstance(pool, QueuePool) else timeout
 
 
 def _connect(shared: Shared, engine: ref[Engine]) -> Connection:
@@ -253,9 +259,7 @@ class Checkout:
         if self.limits.places is not None and not self.placed:
             self._wait_for(self.limits.places.take(self), self.limits.timeout, engine, lambda _: NO_PLACE)
             self.placed = True
-        timeout, pool = self.limits.timeout, engine.pool
-        if timeout is None and isinstance(pool, QueuePool):
-            timeout = pool.timeout()
+        timeout = _deadline(self.limits.timeout, engine.pool)
 
         def remedy(status: PoolStatus) -> str:
             return _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)
