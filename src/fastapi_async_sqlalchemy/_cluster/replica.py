@@ -95,12 +95,11 @@ class Replay:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def replay(database: str, engine: AsyncEngine, position: object, timeout: object) -> Replay:
+def replay(database: str, position: object, timeout: object) -> Replay:
     """Validate the arguments of a unit that waits."""
     if position is None:
         message = "timeout and fallback go with wait_for: give the position to wait for, or leave them out."
         raise ConfigurationError(message)
-    require_postgresql("wait_for", engine)
     if not isinstance(position, str) or _POSITION.fullmatch(position) is None:
         wanted = "a position from `await primary.commit_position()`"
         msg = "wait_for"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet, ref
 
 from attrs import Factory, define
 
-from .._dialects.loops import forget_connections, has_queue, renew_queue, serve_any_loop
+from .._dialects.loops import forget_connections, has_queue, leave_to_parent, renew_queue, serve_any_loop
 from ..exceptions import ConcurrentUseError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import Pool
 
 _REFUSED: Final = "another running event loop uses the engine"
@@ -37,6 +39,8 @@ class Loops:
         """Watch an engine for a change of event loop, and for a fork of its process."""
         if not self.engines and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
+        if _process.forked is not None:  # the parent may have used it before anybody watched it
+            _process.inherited += leave_to_parent(engine, _process.forked)
         self.engines.add(engine)
         serve_any_loop(engine)
 
@@ -58,6 +62,25 @@ class Loops:
         """Leave the connections to the parent process."""
         self.current = None
         self._inherited += [forget_connections(engine) for engine in self.engines]
+
+
+@define(eq=False)
+class _Process:
+    """What this process knows of its parent."""
+
+    forked: float | None = None
+    """When it was forked, by the clock of SQLAlchemy's pools; None for a process that was not."""
+    inherited: list[DBAPIConnection] = Factory(list["DBAPIConnection"])
+    """Connections of the parent, kept as above."""
+
+    def note_fork(self) -> None:
+        """Record that this process is a child."""
+        self.forked = time.time()
+
+
+_process: Final = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.note_fork)
 
 
 def _forget_in_child(loops: ref[Loops]) -> None:

@@ -58,6 +58,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
 def _after_begin(session: StatefulSession, transaction: SessionTransaction, connection: Connection) -> None:
     state = session._fastapi_async_sqlalchemy
     shared = state.shared
+    state.beginner = state.holder
     if connection.engine is not shared.engine:
         shared.listen(connection.engine)
     if transaction.nested:
@@ -188,6 +189,7 @@ def _after_transaction_end(session: StatefulSession, transaction: SessionTransac
 def _end_root(session: StatefulSession, state: SessionState) -> None:
     unknown, state.ledger = state.ledger.unknown, BLANK
     committed, state.committed, state.committing = state.committed, False, False
+    state.beginner = None
     if not committed:
         for block in state.joined:
             block.broken = block.broken or block.elsewhere()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .checkout import Checkout, Route
     from .hooks import Hooks
-    from .streams import Stream
+    from .streams import ConnectionStream, Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -118,7 +118,7 @@ class SessionState:
     """COMMIT was requested and is about to be sent."""
     released: bool = False
     """A savepoint was just released and is about to end."""
-    streams: tuple[Stream, ...] = ()
+    streams: tuple[Stream | ConnectionStream, ...] = ()
     hooks: Hooks | None = None
     checkout: Checkout | None = None
     """The checkout of the session's connections, if it is limited."""
@@ -132,6 +132,8 @@ class SessionState:
     """The value of ``close_resets_only`` while the unit is open."""
     joined: Sequence[JoinedBlock] = ()
     """The open blocks that have joined the unit."""
+    beginner: asyncio.Task[Any] | None = None
+    """The task whose operation has begun the transaction."""
     committed: bool = False
     """COMMIT is done, and the transaction is about to end."""
     exposed: frozenset[Connection] = frozenset()

@@ -14,6 +14,8 @@ from sqlalchemy import event
 from .._dialects.errors import begin_in_time, is_transaction_lost
 from .outcome import check_again
 from .state import Shared, note_statement, task_at_work
+from .streams import watch_connection_stream
+from .turns import refuse_to_lose_rows
 from .watched import watched_class
 
 if TYPE_CHECKING:
@@ -58,9 +60,15 @@ class Watch(Shared):
         self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
     ) -> None:
         options = context.execution_options
+        if self.unbuffered:
+            refuse_to_lose_rows(self.session_of(context.root_connection))
         if "stream_results" in options or "yield_per" in options:
             session = self.session_of(context.root_connection)
-            if session is not None:
+            if session is None:
+                pass
+            elif session._fastapi_async_sqlalchemy.holder is None:  # the connection's own method
+                watch_connection_stream(session, context)
+            else:
                 session._fastapi_async_sqlalchemy.streamed = True
         if not statement.startswith("SELECT"):
             session = self.session_of(context.root_connection)

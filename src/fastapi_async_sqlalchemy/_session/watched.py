@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import ref
 
@@ -73,31 +75,7 @@ class WatchedSession(StatefulSession):
         if state.closed or not state.resets_on_close:
             super().close()
         else:
-            self.reset()
-
-    def reset(self) -> None:
-        """Reset the session, with a WARNING about discarded writes: callers often do not expect that."""
-        state = self._fastapi_async_sqlalchemy
-        if has_written(self):
-            logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
-        decide_rollback(self)
-        try:
-            super().reset()
-        except BaseException:
-            end_interrupted(self)
-            raise
-
-    def invalidate(self) -> None:
-        """Discard the connections, and reset the session unless the unit has ended."""
-        if self._fastapi_async_sqlalchemy.closed:
-            super().invalidate()
-            return
-        decide_rollback(self)
-        transaction = self.get_nested_transaction() or self.get_transaction()
-        while transaction is not None:
-            ended, transaction = transaction, transaction.parent
-            ended.close(invalidate=True)
-        super().reset()
+            reset(self)
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Return the engine that the session's own class chooses, or one derived from it."""
@@ -126,6 +104,32 @@ class WatchedSession(StatefulSession):
         if not nested:  # a transaction begun around a savepoint has no explicit owner
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
+
+
+def invalidate(session: StatefulSession) -> None:
+    """Discard the connections, and reset the session unless the unit has ended."""
+    if session._fastapi_async_sqlalchemy.closed:
+        Session.invalidate(session)
+        return
+    decide_rollback(session)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    while transaction is not None:
+        ended, transaction = transaction, transaction.parent
+        ended.close(invalidate=True)
+    Session.reset(session)
+
+
+def reset(session: StatefulSession) -> None:
+    """Reset a session, with a WARNING about discarded writes: callers often do not expect that."""
+    state = session._fastapi_async_sqlalchemy
+    if has_written(session):
+        logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(session))
+    decide_rollback(session)
+    try:
+        Session.reset(session)
+    except BaseException:
+        end_interrupted(session)
+        raise
 
 
 def _reached(state: SessionState, bind: Engine | Connection) -> Engine | Connection:
@@ -187,12 +191,15 @@ def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
         "__del__": _finalizer(getattr(base, "__del__", None)),
         "__module__": base.__module__,
         "__doc__": base.__doc__,
+        # a class written for an early SQLAlchemy may have such a method, for something else
+        "reset": reset if base.reset is Session.reset else base.reset,
+        "invalidate": invalidate if base.invalidate is Session.invalidate else base.invalidate,
     }
     watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
     for guard, names in _GUARDS:
         for name in names:
-            if hasattr(watched, name):
-                setattr(watched, name, guard(getattr(watched, name)))
+            if isinstance(method := inspect.getattr_static(watched, name, None), FunctionType):
+                setattr(watched, name, guard(method))
     follow(watched)
     return cast("type[WatchedSession]", watched)
 
