@@ -11,9 +11,10 @@ from attrs import evolve
 from starlette.applications import Starlette
 
 from ._arguments.checks import boolean, mapping, paths
-from ._arguments.engines import async_engine, create_engine, holder, parse
+from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
+from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
@@ -150,7 +151,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         first = self._database.holder
         if first is not None and first.application is application and first.source == source:
             return self._database.engine  # the application has rebuilt its middleware stack
-        return create_engine("db_url", db_url, engine_args)
+        return make_engine("db_url", db_url, engine_args)
 
     def _begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""

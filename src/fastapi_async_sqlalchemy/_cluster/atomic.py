@@ -19,7 +19,8 @@ from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.sql import text
 
-from .._dialects.begin import XID, commits_by_itself
+from .._dialects.begin import commits_by_itself
+from .._dialects.twophase import XID
 from .._session.cancellation import to_completion
 from .._session.state import StatefulSession, has_written
 from .._unit.database import UnitConfig

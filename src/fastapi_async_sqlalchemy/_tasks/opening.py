@@ -8,8 +8,9 @@ from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._arguments.checks import boolean, mapping, propagation_of
-from .._arguments.engines import create_engine, holder
+from .._arguments.engines import holder
 from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
+from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
@@ -167,7 +168,7 @@ def connect(
             raise ConfigurationError(message)
         engine = url
     else:
-        engine = create_engine("url", url, engine_args)
+        engine = make_engine("url", url, engine_args)
     handle._database.check(engine, session_args)
     return Connected(result, handle._database, engine, session_args, owned=engine is not url)
 

@@ -1,0 +1,51 @@
+"""Statements outside of a transaction: PostgreSQL's drivers send no BEGIN in autocommit."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from sqlalchemy.engine import Connection
+
+
+def is_idle(adapted: Any) -> bool:
+    """Whether a connection to PostgreSQL is in no transaction, and would begin one by its next statement."""
+    driver = adapted.driver_connection
+    if hasattr(driver, "is_in_transaction"):  # asyncpg
+        return not (driver.is_in_transaction() or adapted.autocommit)
+    return not (driver.pgconn.transaction_status or driver.autocommit)
+
+
+@contextmanager
+def alone(adapted: Any) -> Generator[None]:
+    """Run statements on an idle connection without a transaction around them."""
+    adapted.autocommit = True
+    try:
+        yield
+    finally:
+        if _may_go_on(adapted):
+            adapted.autocommit = False
+
+
+def _may_go_on(adapted: Any) -> bool:
+    """Whether a connection can leave autocommit: psycopg's cannot if it broke or was cut short.
+
+    SQLAlchemy discards such a connection.
+    """
+    driver = adapted.driver_connection
+    return hasattr(driver, "is_in_transaction") or not (driver.closed or driver.pgconn.transaction_status)
+
+
+@contextmanager
+def outside_transaction(connection: Connection) -> Generator[None]:
+    """Run a query without a transaction of its own, unless one is open; then it is rolled back."""
+    adapted: Any = connection.connection.dbapi_connection
+    if is_idle(adapted):
+        with alone(adapted):
+            yield
+    else:
+        yield
+        connection.connection.rollback()
