@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._arguments.checks import IsolationLevel, Propagation
+    from ._arguments.checks import Begin, IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
@@ -87,6 +87,7 @@ class SessionProxy(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -106,6 +107,8 @@ class SessionProxy(Handle[S_co]):
         an error has left the block.
 
         ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
+        Under PostgreSQL's ``begin="on_first_write"`` plain reads before the first other statement are sent
+        without a transaction.
         ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout. Under
         ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a separate unit,
         which is settled when the task ends. The end of the block waits for these tasks. At most
@@ -127,6 +130,7 @@ class SessionProxy(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             multi_sessions=multi_sessions,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
@@ -259,13 +263,16 @@ class SessionProxy(Handle[S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry.
         Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args)
+        return connect(self, self, url, engine_args, session_args, begin=begin, pool_warm_up=pool_warm_up)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.

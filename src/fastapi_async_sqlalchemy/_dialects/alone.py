@@ -19,6 +19,13 @@ def is_idle(adapted: Any) -> bool:
     return not (driver.pgconn.transaction_status or driver.autocommit)
 
 
+def level_at_begin(adapted: Any) -> object:
+    """Return the isolation level by which a connection would begin, None for the server's default."""
+    if hasattr(adapted, "isolation_level"):  # asyncpg
+        return adapted.isolation_level
+    return adapted.driver_connection.isolation_level
+
+
 @contextmanager
 def alone(adapted: Any) -> Generator[None]:
     """Run statements on an idle connection without a transaction around them."""
@@ -41,9 +48,12 @@ def _may_go_on(adapted: Any) -> bool:
 
 @contextmanager
 def outside_transaction(connection: Connection) -> Generator[None]:
-    """Run a query without a transaction of its own, unless one is open; then it is rolled back."""
+    """Run a query without a transaction of its own, unless one is open; then it is rolled back.
+
+    A transaction with a level is begun, as the server may refuse that: a standby has no SERIALIZABLE.
+    """
     adapted: Any = connection.connection.dbapi_connection
-    if is_idle(adapted):
+    if is_idle(adapted) and level_at_begin(adapted) is None:
         with alone(adapted):
             yield
     else:

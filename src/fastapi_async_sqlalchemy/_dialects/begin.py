@@ -6,7 +6,7 @@ import copy
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from sqlalchemy import event
 
 from .._arguments.checks import ISOLATION_LEVELS
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-    from .._arguments.checks import IsolationLevel
+    from .._arguments.checks import Begin, IsolationLevel
 
 
 @frozen(kw_only=True)
@@ -34,12 +34,25 @@ class TransactionSettings:
     deferrable: bool | None = None
     twophase: bool | None = None
     """The transaction is committed together with those of other databases."""
+    begin: Begin | None = None
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether plain reads need no transaction."""
+        return self.begin == "on_first_write" and not self.twophase
+
+    @property
+    def as_always(self) -> bool:
+        """Whether transactions have no settings, whenever they begin."""
+        return evolve(self, begin=None) == PLAIN
 
     def conflict(self, outer: TransactionSettings) -> str | None:
         """Return the first setting that an open unit does not meet, with both values."""
         given: dict[str, object] = asdict(outer)
         for name, wanted in asdict(self).items():
             has = given[name] or False if isinstance(wanted, bool) else given[name]
+            if name == "begin" and (has is None or wanted == "on_first_write"):
+                continue  # that is a permission, and a transaction from the start goes with it
             if wanted is not None and wanted != has:
                 return f"{name}={wanted!r} was asked for inside a unit with {name}={has!r}"
         return None
@@ -60,6 +73,8 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
     They are set with BEGIN or before it; those that outlast the transaction are restored.
     Raises ``ConfigurationError`` for settings that the database does not have.
     """
+    if settings.as_always:
+        return engine
     dialect = engine.dialect
     derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
