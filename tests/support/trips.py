@@ -1,7 +1,7 @@
 """A proxy on loopback that counts round trips to a database, and may lengthen them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -49,13 +49,16 @@ class Trips:
             while sent := await reader.read(_CHUNK):
                 self.count += not waits
                 waits = True
-                await self._pass_on(to_server, sent)
+                self._after_delay(to_server.write, sent)
+
+        def answered(sent: bytes) -> None:
+            nonlocal waits
+            waits = False
+            writer.write(sent)
 
         async def answer() -> None:
-            nonlocal waits
             while sent := await from_server.read(_CHUNK):
-                waits = False
-                await self._pass_on(writer, sent)
+                self._after_delay(answered, sent)
 
         both = [asyncio.create_task(ask()), asyncio.create_task(answer())]
         try:
@@ -67,10 +70,12 @@ class Trips:
             writer.close()
             to_server.close()
 
-    async def _pass_on(self, writer: asyncio.StreamWriter, sent: bytes) -> None:
+    def _after_delay(self, write: Callable[[bytes], None], sent: bytes) -> None:
+        """Write now or later; what was sent earlier does not hold up what follows."""
         if self.delay:
-            await asyncio.sleep(self.delay)
-        writer.write(sent)
+            asyncio.get_running_loop().call_later(self.delay, write, sent)
+        else:
+            write(sent)
 
 
 async def _connect(server: URL) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
