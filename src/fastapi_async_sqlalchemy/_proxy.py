@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
@@ -14,6 +14,7 @@ from ._tasks.opening import commit_position, connect, open_scope, session_of_req
 from ._tasks.transactional import F, decorator
 from ._unit.database import Database, S_co
 from ._unit.place import Handle, current_variable
+from ._unit.scope import UnitScope
 from ._unit.unit import UnitOfWork
 from .exceptions import ConfigurationError
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
     from ._unit.place import Place
+
+
+_NOTHING: Final = (None,) * 7
+_NO_WAIT: Final = (None,) * 3
 
 
 class _NoSignature:
@@ -122,6 +127,12 @@ class SessionProxy(Handle[S_co]):
         Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
         argument, and on entry ``PropagationError``.
         """
+        given = session_args, read_only, isolation_level, deferrable, begin, max_concurrent, pool_timeout
+        waiting = wait_for, timeout, fallback
+        plain = given == _NOTHING and waiting == _NO_WAIT and propagation == "requires_new"
+        # the usual call is written out, because passing all of it on costs more than the unit
+        if plain and multi_sessions is False and (commit_on_exit is True or commit_on_exit is False):
+            return UnitScope(self._database.configs[commit_on_exit], self._current)
         return open_scope(
             self,
             session_args,
@@ -134,7 +145,7 @@ class SessionProxy(Handle[S_co]):
             multi_sessions=multi_sessions,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
-            waiting=(wait_for, timeout, fallback),
+            waiting=waiting,
         )
 
     async def commit_position(self) -> WalPosition:
