@@ -33,17 +33,14 @@ def alone(adapted: Any) -> Generator[None]:
     try:
         yield
     finally:
-        if _may_go_on(adapted):
-            adapted.autocommit = False
+        end_alone(adapted)
 
 
-def _may_go_on(adapted: Any) -> bool:
-    """Whether a connection can leave autocommit: psycopg's cannot if it broke or was cut short.
-
-    SQLAlchemy discards such a connection.
-    """
+def end_alone(adapted: Any) -> None:
+    """Leave autocommit: psycopg's connection cannot if it broke or was cut short, and is then discarded."""
     driver = adapted.driver_connection
-    return hasattr(driver, "is_in_transaction") or not (driver.closed or driver.pgconn.transaction_status)
+    if hasattr(driver, "is_in_transaction") or not (driver.closed or driver.pgconn.transaction_status):
+        adapted.autocommit = False
 
 
 @contextmanager

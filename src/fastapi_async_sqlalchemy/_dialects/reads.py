@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from ..exceptions import ConfigurationError
-from .alone import alone, is_idle, level_at_begin
+from .alone import alone, end_alone, is_idle, level_at_begin
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, ExecutionContext
@@ -49,6 +49,8 @@ _FACTS: Final = (
 """The query for the level, for the process at the server, and whether this statement itself has a name."""
 _READS_ALONE: Final = "fastapi_async_sqlalchemy.reads_alone"
 """Whether READ COMMITTED is the default of a connection."""
+_OURS: Final = 2
+"""The number of our own listeners for the statements of one database."""
 _READ_COMMITTED: Final = frozenset({None, "read_committed", 2})
 """That level, or none of its own, in asyncpg's adapter and in psycopg."""
 
@@ -95,7 +97,10 @@ def require_read_committed(engine: Engine, *, asked: bool) -> None:
 
 def is_alone(dialect: Dialect, ours: type[object]) -> bool:
     """Whether nobody else listens for statements: a user's listener may rely on the transaction."""
-    return all(isinstance(getattr(one, "__self__", None), ours) for one in dialect.dispatch.do_execute)
+    listeners = dialect.dispatch.do_execute
+    return len(listeners) == _OURS or all(
+        isinstance(getattr(one, "__self__", None), ours) for one in listeners
+    )
 
 
 def note_settings(statement: str, connection: Connection) -> None:
@@ -109,17 +114,20 @@ def send_alone(cursor: DBAPICursor, statement: str, values: Any, context: Execut
     options, connection = context.execution_options, context.root_connection
     if "stream_results" in options or "yield_per" in options or getattr(cursor, "server_side", False):
         return False
-    adapted: Any = connection.connection.dbapi_connection
+    pooled = connection.connection
+    adapted: Any = pooled.dbapi_connection
     if not is_idle(adapted):
         return False
-    info = connection.info
-    known = info.get(_READS_ALONE)
+    known = pooled.info.get(_READS_ALONE)
     if known is None:
-        known = info[_READS_ALONE] = _ask(adapted)
+        known = pooled.info[_READS_ALONE] = _ask(adapted)
     if not known or level_at_begin(adapted) not in _READ_COMMITTED:
         return False
-    with alone(adapted):
-        context.dialect.do_execute(cursor, statement, values, context)
+    adapted.autocommit = True
+    try:
+        cursor.execute(statement, values)
+    finally:
+        end_alone(adapted)
     return True
 
 
