@@ -275,8 +275,8 @@ def table(found: list[tuple[str, ...]]) -> str:
     return "\n".join(written) + "\n"
 
 
-def counted(times: int) -> str:
-    """Start the servers, count, and return the table."""
+def counted(times: int) -> list[tuple[str, ...]]:
+    """Start the servers, and count."""
     with ExitStack() as stack:
         server = stack.enter_context(postgresql_server())
         first, second = (stack.enter_context(fresh_database(server)) for _ in range(2))
@@ -285,8 +285,8 @@ def counted(times: int) -> str:
             mariadb = stack.enter_context(fresh_database(stack.enter_context(own_mariadb())))
         except MariadbMissingError as error:
             print(f"Round trips to MariaDB are not counted: {error}.")
-        return table(asyncio.run(measure(first, second, mariadb, times)))
+        return asyncio.run(measure(first, second, mariadb, times))
 
 
 if __name__ == "__main__":
-    print(counted(TIMED))
+    print(table(counted(TIMED)))

@@ -11,9 +11,10 @@ from sqlalchemy import URL
 
 from benchmarks import report, trips
 from benchmarks.__main__ import measure
-from benchmarks.chart import chart
+from benchmarks.chart import chart, trips_chart
 from benchmarks.contenders import OURS
 from benchmarks.measuring import Plan
+from benchmarks.trips import WORKS
 from tests.support.databases import fresh_database
 
 
@@ -50,6 +51,7 @@ async def test_round_trips(postgresql_server: URL, databases: ExitStack) -> None
     assert counted["asyncpg", "first SELECT of an engine, `pool_warm_up=1`"] == ("4",)
     assert counted["asyncpg", "one SELECT, `pgbouncer_engine_args()`"] == ("4", "2")
     assert counted["asyncpg", "`atomic()` of two, one UPDATE each"] == ("9",)
+    assert trips_chart(found, trips.COLUMNS).count("<rect") > 4 * len(WORKS)
     assert trips.table(found).count("\n") == len(found) + 2
 
 
