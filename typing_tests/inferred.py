@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from typing_extensions import TypeVar
 
 from fastapi_async_sqlalchemy import (
+    Begin,
     BeginHook,
     CommitWhen,
     ConcurrentUseError,
@@ -191,13 +192,17 @@ assert_type(begin_hooks, list[BeginHook])
 assert_type(begin_hooks, list[Callable[[Connection], object]])
 
 
-def settings(propagation: Propagation, level: IsolationLevel) -> None:
+def settings(propagation: Propagation, level: IsolationLevel, begin: Begin) -> None:
     assert_type(propagation, Propagation)
     assert_type(propagation, Literal["requires_new", "required", "nested", "mandatory", "never"])
     assert_type(level, IsolationLevel)
     assert_type(level, Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
     EngineArgs(isolation_level=level)
-    db(propagation=propagation, isolation_level=level)
+    assert_type(begin, Begin)
+    assert_type(begin, Literal["on_first_use", "on_first_write"])
+    db(propagation=propagation, isolation_level=level, begin=begin)
+    db.connect("sqlite+aiosqlite://", begin=begin, pool_warm_up=3)
+    create_middleware_and_session_proxy(begin=begin)
 
 
 # Every keyword of the middleware, in FastAPI, in Starlette, in a list of middlewares, and by hand.
@@ -221,6 +226,8 @@ app.add_middleware(
     request_queue_timeout=2,
     pool_warn_threshold=0.8,
     pool_warn_interval=30.0,
+    begin="on_first_write",
+    pool_warm_up=3,
 )
 assert_type(add_pool_timeout_handler(app), None)
 Starlette(middleware=[Middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", exclude_paths={"/health"})])

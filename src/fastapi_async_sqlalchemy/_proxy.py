@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
@@ -14,6 +14,7 @@ from ._tasks.opening import commit_position, connect, open_scope, session_of_req
 from ._tasks.transactional import F, decorator
 from ._unit.database import Database, S_co
 from ._unit.place import Handle, current_variable
+from ._unit.scope import UnitScope
 from ._unit.unit import UnitOfWork
 from .exceptions import ConfigurationError
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._arguments.checks import IsolationLevel, Propagation
+    from ._arguments.checks import Begin, IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
     from ._unit.place import Place
+
+
+_NOTHING: Final = (None,) * 7
+_NO_WAIT: Final = (None,) * 3
 
 
 class _NoSignature:
@@ -87,6 +92,7 @@ class SessionProxy(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -106,6 +112,8 @@ class SessionProxy(Handle[S_co]):
         an error has left the block.
 
         ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
+        Under PostgreSQL's ``begin="on_first_write"`` plain reads before the first other statement are sent
+        without a transaction.
         ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout. Under
         ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a separate unit,
         which is settled when the task ends. The end of the block waits for these tasks. At most
@@ -119,6 +127,12 @@ class SessionProxy(Handle[S_co]):
         Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
         argument, and on entry ``PropagationError``.
         """
+        given = session_args, read_only, isolation_level, deferrable, begin, max_concurrent, pool_timeout
+        waiting = wait_for, timeout, fallback
+        plain = given == _NOTHING and waiting == _NO_WAIT and propagation == "requires_new"
+        # the usual call is written out, because passing all of it on costs more than the unit
+        if plain and multi_sessions is False and (commit_on_exit is True or commit_on_exit is False):
+            return UnitScope(self._database.configs[commit_on_exit], self._current)
         return open_scope(
             self,
             session_args,
@@ -127,10 +141,11 @@ class SessionProxy(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             multi_sessions=multi_sessions,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
-            waiting=(wait_for, timeout, fallback),
+            waiting=waiting,
         )
 
     async def commit_position(self) -> WalPosition:
@@ -259,13 +274,16 @@ class SessionProxy(Handle[S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry.
         Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args)
+        return connect(self, self, url, engine_args, session_args, begin=begin, pool_warm_up=pool_warm_up)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.

@@ -41,6 +41,7 @@ from .middleware import (
 __version__: str
 
 __all__ = [
+    "Begin",
     "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
@@ -93,6 +94,7 @@ Hook: TypeAlias = Callable[[], Awaitable[object] | object]
 WalPosition = NewType("WalPosition", str)
 BeginHook: TypeAlias = Callable[[Connection], object]
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
+Begin: TypeAlias = Literal["on_first_use", "on_first_write"]
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
 class EngineArgs(TypedDict, total=False):
@@ -233,6 +235,7 @@ class SessionProxy(Generic[_S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -483,6 +486,8 @@ class SessionProxy(Generic[_S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[_S_co], None]: ...
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None: ...
     def unbind(self) -> None: ...

@@ -20,7 +20,8 @@ from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 
-from .._dialects.begin import XID, commits_by_itself
+from .._dialects.begin import commits_by_itself
+from .._dialects.twophase import XID
 from .._session.cancellation import to_completion
 from .._session.hooks import Hooks, RegisteredHook
 from .._session.state import StatefulSession, has_written

@@ -14,6 +14,8 @@ UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
 _COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
 _PREPARES: Final = ("PREPARE TRANSACTION", "XA PREPARE")
 """The statements sent by a COMMIT that takes part in a two-phase commit."""
+TWO_PHASE: Final = ("PREPARE TRANSACTION", "COMMIT PREPARED", "ROLLBACK PREPARED")
+"""PostgreSQL's statements of a two-phase commit."""
 _VERB: Final = re.compile(r"(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
 _WRITING_CTE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE|MERGE|REPLACE\s+INTO)\b", re.IGNORECASE)
 

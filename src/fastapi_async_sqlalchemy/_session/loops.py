@@ -11,6 +11,7 @@ from weakref import WeakSet, ref
 
 from attrs import Factory, define
 
+from .._dialects.liveness import replace_dead
 from .._dialects.loops import forget_connections, has_queue, leave_to_parent, renew_queue, serve_any_loop
 from ..exceptions import ConcurrentUseError
 
@@ -36,13 +37,14 @@ class Loops:
     """A parent process's pools; kept, because some drivers close connections when collected."""
 
     def follow(self, engine: Engine) -> None:
-        """Watch an engine for a change of event loop, and for a fork of its process."""
+        """Watch an engine for a change of event loop, a fork of its process, and connections that died."""
         if not self.engines and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
         if _process.forked is not None:  # the parent may have used it before anybody watched it
             _process.inherited += leave_to_parent(engine, _process.forked)
         self.engines.add(engine)
         serve_any_loop(engine)
+        replace_dead(engine)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the loop in which an engine is bound use it."""

@@ -141,6 +141,8 @@ class SessionState:
     waiter: asyncio.Future[None] | None = None
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is settled."""
+    reads_alone: bool = False
+    """Plain reads are sent without a transaction until it has begun."""
     xid: str = ""
     """The name of the transaction, if it takes part in a two-phase commit."""
 
@@ -199,6 +201,15 @@ class SessionState:
         streams, self.streams = self.streams, ()
         for stream in streams:
             stream.close()
+
+    def may_read_alone(self) -> bool:
+        """Whether nobody relies on a transaction that has not begun."""
+        return (
+            self.reads_alone
+            and not self.ledger.begun
+            and not (self.hooks is not None and self.hooks.begin)
+            and not (self.exposed and not all(one.closed for one in self.exposed))
+        )
 
     def writing(self) -> Ledger:
         """Return the current transaction's ledger for writing."""

@@ -12,6 +12,7 @@ from attrs import Factory, define
 from sqlalchemy import event
 
 from .._dialects.errors import begin_in_time, is_transaction_lost
+from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from .outcome import check_again
 from .state import Shared, note_statement, task_at_work
 from .streams import watch_connection_stream
@@ -50,6 +51,24 @@ class Watch(Shared):
         event.listen(dialect, "do_executemany", self._do_execute)
         event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
         event.listen(dialect, "handle_error", self._handle_error)
+
+    def read_alone(self, engine: Engine) -> None:
+        """Send plain reads of sessions that allow it without a transaction; a second call has no effect."""
+        event.listen(engine.dialect, "do_execute", self._send_alone)
+
+    def _send_alone(
+        self, cursor: DBAPICursor, statement: str, values: object, context: ExecutionContext
+    ) -> bool | None:
+        if not is_plain(statement):
+            note_settings(statement, context.root_connection)
+            return None
+        session = self.operating.get(task_at_work())
+        if session is None or not session._fastapi_async_sqlalchemy.may_read_alone() or session.twophase:
+            return None
+        transaction = session.get_transaction()
+        if transaction is None or context.root_connection not in transaction._connections:
+            return None
+        return is_alone(context.dialect, Shared) and send_alone(cursor, statement, values, context)
 
     def xid(self) -> str:
         """Return the name of the two-phase transaction that the session at work is beginning."""

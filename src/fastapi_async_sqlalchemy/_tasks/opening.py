@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._arguments.checks import boolean, mapping, propagation_of
-from .._arguments.engines import create_engine, holder
+from .._arguments.checks import begin_of, boolean, mapping, propagation_of
+from .._arguments.engines import holder
 from .._arguments.keywords import session_arguments
 from .._cluster.replica import Replay, ReplicaScope, replay, require_postgresql, written_position
+from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
@@ -18,6 +19,7 @@ from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
 from .._unit.unit import UnitOfWork
+from .._unit.warming import require_room, warm_up, warm_up_of
 from ..exceptions import ConfigurationError, TransactionBegunError
 from .each import TaskUnitsScope
 from .fan_out import open_connection
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from starlette.requests import HTTPConnection
 
-    from .._arguments.checks import IsolationLevel, Propagation
+    from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
     from .._unit.database import S_co
@@ -48,6 +50,7 @@ def open_scope(
     read_only: bool | None,
     isolation_level: IsolationLevel | None,
     deferrable: bool | None,
+    begin: Begin | None,
     multi_sessions: bool,
     max_concurrent: int | None,
     pool_timeout: float | None,
@@ -58,8 +61,8 @@ def open_scope(
         boolean("commit_on_exit", commit_on_exit)
     database, make, limits = handle._database, None, None
     settings, wait = database.settings, None
-    if not (read_only is None and isolation_level is None and deferrable is None):
-        settings = transaction_settings(read_only, isolation_level, deferrable, settings)
+    if not (read_only is None and isolation_level is None and deferrable is None and begin is None):
+        settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
     if propagation != "requires_new":
@@ -174,8 +177,12 @@ def connect(
     url: str | URL | AsyncEngine,
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
+    *,
+    begin: Begin | None,
+    pool_warm_up: int | None,
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
+    begin, count = begin_of(begin), warm_up_of(pool_warm_up)
     session_arguments(session_args)
     if isinstance(url, AsyncEngine):
         if mapping("engine_args", engine_args):
@@ -183,9 +190,18 @@ def connect(
             raise ConfigurationError(message)
         engine = url
     else:
-        engine = create_engine("url", url, engine_args)
-    handle._database.check(engine, session_args)
-    return Connected(result, handle._database, engine, session_args, owned=engine is not url)
+        engine = make_engine("url", url, engine_args)
+    require_room(engine, count)
+    handle._database.check(engine, session_args, begin)
+    return Connected(
+        result,
+        handle._database,
+        engine,
+        session_args,
+        owned=engine is not url,
+        begin=begin,
+        warm_up=count,
+    )
 
 
 @define(eq=False, repr=False)
@@ -197,10 +213,17 @@ class Connected(Generic[P]):
     engine: AsyncEngine
     session_args: SessionArgs | None
     owned: bool
+    begin: Begin | None
+    warm_up: int
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
-        self.database.bind(self.engine, self.session_args, by)
+        self.database.bind(self.engine, self.session_args, by, self.begin)
+        try:
+            await warm_up(self.engine, self.warm_up)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self.proxy
 
     async def __aexit__(
