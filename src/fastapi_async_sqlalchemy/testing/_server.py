@@ -1,0 +1,365 @@
+"""The one real connection of a database in a sandbox, and the transactions that take turns on it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
+
+from attrs import Factory, define, field
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from .._dialects.begin import commits_by_itself
+from .._dialects.logical import Logical, LogicalConnection, logical_connection
+from .._dialects.meaning import commits_implicitly
+from .._dialects.savepoints import Savepoints, connection_lost, has_given_up, savepoints_of
+from .._dialects.statements import verb_of, writes
+from .._session.cancellation import to_completion
+from .._session.state import task_at_work, task_name
+from .._tasks.each import TaskUnits
+from .._unit.place import bound_here
+from .._unit.unit import UnitOfWork
+from ..exceptions import SandboxError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping
+
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.orm import Session
+    from sqlalchemy.pool import Pool, PoolProxiedConnection
+
+    from .._session.state import StatefulSession
+    from .._session.watch import Watch
+    from .._unit.place import Place
+    from ._record import Sandbox
+
+_OTHER_LOOP: Final = (
+    "it was opened in another event loop: wrap the application in SandboxedApp(app, db), which opens the "
+    "sandbox in the loop of TestClient"
+)
+_INNER: Final = (
+    "a transaction of the same task, begun later, is still open, and in the sandbox both share one "
+    "connection: end the inner one first"
+)
+_OUTLIVES: Final = (
+    "a transaction rolled back its writes, and another one had been committed inside it meanwhile: in "
+    "production that COMMIT stays, and here the one connection cannot keep it; test this without the sandbox"
+)
+_TWO_URLS: Final = (
+    "two engines come to one database by different URLs, and so neither would see what the other commits: "
+    "give both the same URL"
+)
+_DISCARDED: Final = "a connection with its transaction open was discarded, and it could not be rolled back"
+_BY_DATABASE: Final = "the database has ended the sandbox's transaction, after a deadlock for example"
+_DDL: Final = (
+    "MariaDB would commit the whole sandbox by {}: change the schema before the sandbox is opened, in a "
+    "fixture of the session"
+)
+_HOUSEKEEPING: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK", "SET", "PRAGMA", "SHOW", "DO"})
+
+
+@define(eq=False, repr=False)
+class SandboxServer:
+    """A database in a sandbox: one connection, and a savepoint for each transaction that is open on it."""
+
+    engine: Engine
+    pool: Pool
+    """The engine's own pool."""
+    box: Sandbox
+    timeout: float
+    loop: asyncio.AbstractEventLoop
+    _all: Mapping[Hashable, SandboxServer]
+    """The servers of the sandbox, by what tells them apart."""
+    watches: list[Watch] = Factory(list["Watch"])
+    """The databases of pairs that use the server."""
+    over: str = ""
+    """Why the sandbox cannot go on."""
+    ended: bool = False
+    _savepoints: Savepoints = field(init=False)
+    _connection: PoolProxiedConnection | None = None
+    _connecting: asyncio.Lock = Factory(asyncio.Lock)
+    _open: list[Logical] = Factory(list[Logical])
+    """The open transactions; each one's savepoint lies inside the one before."""
+    _waiting: list[asyncio.Future[None]] = Factory(list["asyncio.Future[None]"])
+
+    def __attrs_post_init__(self) -> None:
+        self._savepoints = savepoints_of(self.engine, self.send)
+
+    @property
+    def dialect(self) -> str:
+        """The name of the database's dialect."""
+        return self.engine.dialect.name
+
+    @property
+    def real(self) -> Any:
+        """The driver's adapter."""
+        if self._connection is None:
+            raise SandboxError("it has ended" if self.ended else "it has no connection yet")
+        return self._connection.dbapi_connection
+
+    def connect(self, engine: Engine) -> LogicalConnection:
+        """Return a new logical connection; called inside SQLAlchemy's greenlet."""
+        self._require()
+        if self._connection is None:
+            await_only(self._connect())
+        return logical_connection(engine, Logical(self, commits_by_itself(engine)))
+
+    def _is_at_the_place_of(self, other: SandboxServer) -> bool:
+        places = [
+            (one.dialect, url.host, url.port, url.database, url.query.get("host"))
+            for one in (self, other)
+            for url in (one.engine.url,)
+        ]
+        return self.engine.url != other.engine.url and places[0] == places[1]
+
+    async def _connect(self) -> None:
+        async with self._connecting:
+            if self._connection is None:
+                await greenlet_spawn(self._begin)
+
+    def _begin(self) -> None:
+        for other in self._all.values():
+            if other is not self and other._connection is not None and self._is_at_the_place_of(other):
+                raise SandboxError(_TWO_URLS)
+        connection = self.pool.connect()
+        try:
+            dialect = self.engine.dialect
+            if commits_by_itself(self.engine) and dialect.default_isolation_level is not None:
+                dialect.set_isolation_level(connection.dbapi_connection, dialect.default_isolation_level)
+            self._connection = connection
+            self._savepoints.begin()
+        except BaseException:
+            self._connection = None
+            connection.invalidate()
+            raise
+
+    def send(self, statement: str, *parameters: Any, rows: bool = False) -> Any:
+        """Send a statement, and return its rows."""
+        cursor = self.real.cursor()
+        try:
+            cursor.execute(statement, *parameters)
+            return cursor.fetchall() if rows else None
+        finally:
+            cursor.close()
+
+    def _require(self) -> None:
+        if self.ended:
+            message = "it has ended"
+            raise SandboxError(message)
+        if self.over:
+            raise SandboxError(self.over)
+        if asyncio.get_running_loop() is not self.loop:
+            raise SandboxError(_OTHER_LOOP)
+
+    def before(self, transaction: Logical, statement: str) -> None:
+        """Record a statement that is about to be sent, or refuse it."""
+        verb = verb_of(statement)
+        if commits_implicitly(self.dialect, statement):
+            raise SandboxError(_DDL.format(verb))
+        if transaction.read_only and writes(statement, verb):
+            self._savepoints.refuse_write()
+        if verb not in _HOUSEKEEPING:
+            self.box.statements.append(statement)
+            if self.box._loses_connection(self.watches):
+                self.end(transaction, commit=False)
+                transaction.lost = True
+                raise connection_lost(self.engine)
+
+    def enter(self, transaction: Logical) -> None:
+        """Begin a transaction, or go on with it once those inside it have ended."""
+        self._require()
+        if transaction in self._open:
+            self._wait_for_inner(transaction)
+            return
+        session = self._session_at_work()
+        while self._open and not self._lies_inside(self._open[-1], session):
+            self._wait()
+        transaction.begun(task_at_work(), None if session is None else ref(session))
+        self._open.append(transaction)
+        self._begin_savepoint(transaction)
+
+    def _begin_savepoint(self, transaction: Logical) -> None:
+        at = self._open.index(transaction)
+        inside = any(outer.settings for outer in self._open[:at])
+        self._savepoints.open(f"sandbox_{at}", read_only=transaction.read_only, inside=inside)
+        for statement, parameters in transaction.settings:
+            self.send(statement, *parameters)
+
+    def _session_at_work(self) -> StatefulSession | None:
+        """Return the session in the middle of an operation of the current task."""
+        task = task_at_work()
+        return next((one for watch in self.watches if (one := watch.operating.get(task))), None)
+
+    def _lies_inside(self, top: Logical, session: StatefulSession | None) -> bool:
+        """Whether a transaction that begins here lies inside the last one, which therefore waits for it."""
+        task = task_at_work()
+        if top.task is task:
+            return True
+        outer = None if top.session is None else top.session()
+        return outer is not None and outer is not session and outer in _sessions_around()
+
+    def _wait_for_inner(self, transaction: Logical) -> None:
+        while self._open[-1] is not transaction:
+            if self._open[-1].task is task_at_work():
+                raise SandboxError(_INNER)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait until a transaction has ended."""
+        holder = self._open[-1]
+        ended: asyncio.Future[None] = self.loop.create_future()
+        self._waiting.append(ended)
+        try:
+            await_only(asyncio.wait_for(ended, self.timeout))
+        except TimeoutError:
+            message = (
+                f"{task_name(task_at_work())} has waited {self.timeout:g} seconds for {task_name(holder.task)} "
+                "to end its transaction, because both share the sandbox's one connection: end that one "
+                "sooner, or give sandbox() a longer timeout"
+            )
+            raise SandboxError(message) from None
+        finally:
+            if ended in self._waiting:
+                self._waiting.remove(ended)
+        self._require()
+
+    def check(self) -> None:
+        """Raise the error that COMMIT would raise."""
+        self._savepoints.check()
+
+    def end(self, transaction: Logical, *, commit: bool) -> None:
+        """End a transaction, if one has begun."""
+        if transaction not in self._open or self.ended:
+            return
+        self._require()
+        self._wait_for_inner(transaction)
+        if commit:
+            self._commit(transaction)
+            return
+        if transaction.holds:
+            self._lose(_OUTLIVES)
+        self._roll_back(transaction)
+
+    def _commit(self, transaction: Logical) -> None:
+        failure = self.box._commit_failure(self.watches) if transaction.wrote else None
+        try:
+            if failure == "constraint" or failure == "conflict":
+                self._savepoints.fail(failure)
+            self._savepoints.check()
+        except Exception as error:
+            if has_given_up(error):  # PostgreSQL answers such a COMMIT by ROLLBACK, without an error
+                self._roll_back(transaction)
+                return
+            if not self._savepoints.stays_open:
+                self._roll_back(transaction)
+            raise
+        if failure == "lost":
+            self._roll_back(transaction)
+        else:
+            self._release(transaction)
+        if failure is not None:
+            transaction.lost = True
+            raise connection_lost(self.engine)
+
+    def _release(self, transaction: Logical) -> None:
+        self._finish(f"RELEASE SAVEPOINT sandbox_{self._open.index(transaction)}")
+        self._leave(transaction, committed=True)
+        if transaction.wrote:
+            self._keep()
+        elif self._open:
+            for statement, parameters in self._open[-1].settings:  # check() has reset them
+                self.send(statement, *parameters)
+        self._resume()
+
+    def _keep(self) -> None:
+        """Let a COMMIT outlive the transactions around it that have not written: they begin after it."""
+        moved = len(self._open)
+        while moved and not (self._open[moved - 1].wrote or self._open[moved - 1].savepoints):
+            moved -= 1
+        for outer in self._open[:moved]:
+            outer.holds = outer.holds or outer.wrote or outer.savepoints
+        if moved < len(self._open):
+            self._finish(f"RELEASE SAVEPOINT sandbox_{moved}")
+            for outer in self._open[moved:]:
+                self._begin_savepoint(outer)
+        elif self._open:
+            for statement, parameters in self._open[-1].settings:
+                self.send(statement, *parameters)
+
+    def _roll_back(self, transaction: Logical) -> None:
+        name = f"sandbox_{self._open.index(transaction)}"
+        self._finish(f"ROLLBACK TO SAVEPOINT {name}")
+        self._finish(f"RELEASE SAVEPOINT {name}")
+        self._leave(transaction, committed=False)
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._open:
+            self._savepoints.resume(read_only=self._open[-1].read_only)
+
+    def _finish(self, statement: str) -> None:
+        try:
+            self.send(statement)
+        except Exception as error:
+            self._lose(_BY_DATABASE, error)
+
+    def _leave(self, transaction: Logical, *, committed: bool) -> None:
+        self._open.remove(transaction)
+        if transaction.wrote:
+            self.box._ended(committed=committed)
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for ended in waiting:
+            if not ended.done():
+                ended.set_result(None)
+
+    def _lose(self, reason: str, cause: BaseException | None = None) -> None:
+        """End the sandbox before its time."""
+        self.over = self.over or reason
+        self._wake()
+        raise SandboxError(self.over) from cause
+
+    def lose(self, transaction: Logical) -> None:
+        """End a transaction whose connection is discarded; the sandbox goes on if it can be rolled back."""
+        if transaction not in self._open or self.ended or self.over:
+            return
+        try:
+            if self._open[-1] is transaction:
+                await_only(to_completion(self._undo(transaction)))
+        except Exception:  # noqa: BLE001, S110  # any error: the connection does not answer
+            pass
+        finally:
+            if transaction in self._open:
+                self._open.remove(transaction)
+                with suppress(SandboxError):
+                    self._lose(_DISCARDED)
+
+    async def _undo(self, transaction: Logical) -> None:
+        async with asyncio.timeout(self.timeout):
+            await greenlet_spawn(self._roll_back, transaction)
+
+    async def close(self) -> None:
+        """Roll everything back."""
+        self.ended = True
+        self._wake()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await greenlet_spawn(connection.invalidate if self.over else connection.close)
+
+
+def _sessions_around() -> Iterator[Session]:
+    """Yield the sessions of the units that are open around the current code."""
+    for place in bound_here():
+        for unit in _units_of(place):
+            if unit._watched is not None:
+                yield unit._watched
+
+
+def _units_of(place: Place[Any]) -> Iterator[UnitOfWork[Any]]:
+    if isinstance(place, UnitOfWork):
+        yield place
+    elif isinstance(place, TaskUnits) and not place.closed:
+        yield place._units[place._owner]
