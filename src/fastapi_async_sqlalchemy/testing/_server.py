@@ -78,6 +78,8 @@ class SandboxServer:
     ended: bool = False
     _savepoints: Savepoints = field(init=False)
     _connection: PoolProxiedConnection | None = None
+    _begun: bool = False
+    """The connection is in the transaction that is rolled back at the end."""
     _connecting: asyncio.Lock = Factory(asyncio.Lock)
     _open: list[Logical] = Factory(list[Logical])
     """The open transactions; each one's savepoint lies inside the one before."""
@@ -101,7 +103,7 @@ class SandboxServer:
     def connect(self, engine: Engine) -> LogicalConnection:
         """Return a new logical connection; called inside SQLAlchemy's greenlet."""
         self._require()
-        if self._connection is None:
+        if not self._begun:
             await_only(self._connect())
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))
 
@@ -115,8 +117,9 @@ class SandboxServer:
 
     async def _connect(self) -> None:
         async with self._connecting:
-            if self._connection is None:
+            if not self._begun:
                 await greenlet_spawn(self._begin)
+                self._begun = True
 
     def _begin(self) -> None:
         for other in self._all.values():
