@@ -167,11 +167,11 @@ class LogicalConnection:
         """Undo what came after the savepoint."""
         self._logical.server.end(self._logical, commit=False)
 
-    close = rollback
-
-    def terminate(self) -> None:
-        """Discard the connection."""
+    def close(self) -> None:
+        """Discard the connection, and what is open on it."""
         self._logical.server.lose(self._logical)
+
+    terminate = close
 
     def ping(self, *_: object) -> None:
         """Do nothing: the connection is as alive as the real one."""

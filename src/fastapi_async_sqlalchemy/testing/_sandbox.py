@@ -130,7 +130,7 @@ class _Takeover:
             )
             raise ConfigurationError(message)
         own = next((one.own for one in self.taken if one.engine.pool is engine.pool), None)
-        server = self._server_of(engine, own or engine.pool)
+        server = self._server_of(engine, engine.pool if own is None else own)
         if watch is not None:
             server.watches.append(watch)
         if own is None:
@@ -143,7 +143,7 @@ class _Takeover:
         """Return the server of an engine's database, which engines of the same URL share."""
         key: Hashable = pool if engine.url.database in _IN_MEMORY else engine.url
         if key not in self.servers:
-            self.servers[key] = SandboxServer(engine, pool, self.box, self.timeout, self.loop, self.servers)
+            self.servers[key] = SandboxServer(engine, self.box, self.timeout, self.loop, self.servers)
         return self.servers[key]
 
     async def end(self) -> None:
@@ -167,7 +167,7 @@ class _Takeover:
 
 def _logical_pool(engine: Engine, own: Pool, server: SandboxServer) -> Pool:
     """Return a pool of logical connections with the limits and the listeners of an engine's own pool."""
-    creator: Any = partial(server.connect, engine)
+    creator: Any = partial(server.connect, engine, own)
     pool: Pool
     if isinstance(own, QueuePool):
         limits = {"pool_size": own.size(), "max_overflow": own._max_overflow, "timeout": own.timeout()}

@@ -51,7 +51,7 @@ _TWO_URLS: Final = (
     "give both the same URL"
 )
 _DISCARDED: Final = "a connection with its transaction open was discarded, and it could not be rolled back"
-_BY_DATABASE: Final = "the database has ended the sandbox's transaction, after a deadlock for example"
+_BY_DATABASE: Final = "its transaction has been ended from outside, for example by a deadlock or a broken connection"
 _DDL: Final = (
     "MariaDB would commit the whole sandbox by {}: change the schema before the sandbox is opened, in a "
     "fixture of the session"
@@ -64,8 +64,6 @@ class SandboxServer:
     """A database in a sandbox: one connection, and a savepoint for each transaction that is open on it."""
 
     engine: Engine
-    pool: Pool
-    """The engine's own pool."""
     box: Sandbox
     timeout: float
     loop: asyncio.AbstractEventLoop
@@ -78,8 +76,8 @@ class SandboxServer:
     ended: bool = False
     _savepoints: Savepoints = field(init=False)
     _connection: PoolProxiedConnection | None = None
-    _begun: bool = False
-    """The connection is in the transaction that is rolled back at the end."""
+    _used: set[Pool] = Factory(set["Pool"])
+    """The engines' own pools that have connected; the first one's connection is the real one."""
     _connecting: asyncio.Lock = Factory(asyncio.Lock)
     _open: list[Logical] = Factory(list[Logical])
     """The open transactions; each one's savepoint lies inside the one before."""
@@ -100,11 +98,11 @@ class SandboxServer:
             raise SandboxError("it has ended" if self.ended else "it has no connection yet")
         return self._connection.dbapi_connection
 
-    def connect(self, engine: Engine) -> LogicalConnection:
-        """Return a new logical connection; called inside SQLAlchemy's greenlet."""
+    def connect(self, engine: Engine, own: Pool) -> LogicalConnection:
+        """Return a new logical connection for an engine with a pool of its own; called inside a greenlet."""
         self._require()
-        if not self._begun:
-            await_only(self._connect())
+        if own not in self._used:
+            await_only(self._connect(engine, own))
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))
 
     def _is_at_the_place_of(self, other: SandboxServer) -> bool:
@@ -115,20 +113,23 @@ class SandboxServer:
         ]
         return self.engine.url != other.engine.url and places[0] == places[1]
 
-    async def _connect(self) -> None:
+    async def _connect(self, engine: Engine, own: Pool) -> None:
         async with self._connecting:
-            if not self._begun:
-                await greenlet_spawn(self._begin)
-                self._begun = True
+            if not self._used:
+                await greenlet_spawn(self._begin, engine, own)
+            elif own not in self._used:  # SQLAlchemy looks at the database once for each engine
+                await greenlet_spawn(lambda: own.connect().close())
+            self._used.add(own)
 
-    def _begin(self) -> None:
+    def _begin(self, engine: Engine, own: Pool) -> None:
         for other in self._all.values():
             if other is not self and other._connection is not None and self._is_at_the_place_of(other):
                 raise SandboxError(_TWO_URLS)
-        connection = self.pool.connect()
+        self.engine = engine
+        connection = own.connect()
         try:
-            dialect = self.engine.dialect
-            if commits_by_itself(self.engine) and dialect.default_isolation_level is not None:
+            dialect = engine.dialect
+            if commits_by_itself(engine) and dialect.default_isolation_level is not None:
                 dialect.set_isolation_level(connection.dbapi_connection, dialect.default_isolation_level)
             self._connection = connection
             self._savepoints.begin()

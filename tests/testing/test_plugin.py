@@ -1,0 +1,141 @@
+"""The fixtures of the plugin for pytest, in test runs of their own."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tests.support.databases import JudgeFor
+from tests.support.tables import engine_with_tables
+
+CONFTEST = """
+import os
+import pytest
+from fastapi import FastAPI
+from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
+from sqlalchemy import text
+
+async def write(name: str) -> None:
+    await db.session.execute(text("INSERT INTO note (text) VALUES (:name)"), {"name": name})
+
+async def read() -> list[str]:
+    return list(await db.session.scalars(text("SELECT text FROM note ORDER BY text")))
+
+def create_app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(SQLAlchemyMiddleware, db_url=os.environ["URL"], commit_on_exit=True)
+    app.add_api_route("/notes/{name}", write, methods=["POST"])
+    app.add_api_route("/notes", read)
+    return app
+
+@pytest.fixture
+def sandbox_app():
+    return create_app()
+"""
+BY_CLIENT = """
+import pytest
+
+@pytest.mark.parametrize("number", range(2))
+def test_note(sandbox_client, number):
+    assert sandbox_client.get("/notes").json() == []
+    assert sandbox_client.post("/notes/one").status_code == 200
+    assert sandbox_client.get("/notes").json() == ["one"]
+    assert sandbox_client.app.box.commits == 1
+"""
+BY_COROUTINE = """
+import os
+import pytest
+from fastapi_async_sqlalchemy import db
+from conftest import read, write
+
+pytestmark = MARK
+
+@pytest.mark.parametrize("number", range(2))
+async def test_note(sandbox, number):
+    async with db.connect(os.environ["URL"]):
+        async with db(commit_on_exit=True):
+            await write("one")
+        async with db():
+            assert await read() == ["one"]
+        assert sandbox.commits == 1
+"""
+
+
+def run(folder: Path, url: str, test: str, *options: str, conftest: str = CONFTEST) -> str:
+    """Run pytest on one test file; return what it has printed."""
+    (folder / "conftest.py").write_text(dedent(conftest), "utf-8")
+    (folder / "test_inner.py").write_text(dedent(test), "utf-8")
+    (folder / "pytest.ini").write_text("[pytest]\n", "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *options]
+    ended = subprocess.run(  # noqa: S603  # the test's own program
+        command, cwd=folder, env={**os.environ, "URL": url}, capture_output=True, text=True, check=False
+    )
+    return ended.stdout + ended.stderr
+
+
+@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "sqlite"])
+def url_with_tables(request: pytest.FixtureRequest) -> str:
+    """A database with tables, by each driver in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    asyncio.run(_make_tables(url))
+    return url
+
+
+async def _make_tables(url: str) -> None:
+    async with engine_with_tables(url):
+        pass
+
+
+def test_client_in_a_sandbox(url_with_tables: str, tmp_path: Path) -> None:
+    """`sandbox_client` calls the application in its own loop; two tests find the same empty world."""
+    printed = run(tmp_path, url_with_tables, BY_CLIENT)
+    assert "2 passed" in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("mark", "options"),
+    [
+        ("pytest.mark.asyncio", ["-p", "no:anyio"]),
+        ("[]", ["-p", "no:anyio", "--asyncio-mode=auto"]),
+        ("pytest.mark.asyncio(loop_scope='session')", ["-p", "no:anyio"]),
+        ("[]", ["-p", "no:anyio", "--asyncio-mode=auto", "-o", "asyncio_default_test_loop_scope=module"]),
+        ("pytest.mark.anyio", ["-p", "no:asyncio"]),
+        ("[pytest.mark.anyio, pytest.mark.parametrize('anyio_backend', ['asyncio'])]", []),
+    ],
+)
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+def test_sandbox_around_a_coroutine(
+    kind: str, mark: str, options: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """`sandbox` opens in the event loop of the test, whichever plugin runs it."""
+    url: str = request.getfixturevalue(f"{kind}_url")
+    asyncio.run(_make_tables(url))
+    if "-p no:asyncio" in " ".join(options):
+        mark = f"[{mark}, pytest.mark.parametrize('anyio_backend', ['asyncio'])]"
+    printed = run(tmp_path, url, BY_COROUTINE.replace("MARK", mark), *options)
+    assert "2 passed" in printed
+
+
+async def test_nothing_stays(postgresql_url: str, tmp_path: Path, judge_for: JudgeFor) -> None:
+    """What the tests have committed is not in the database afterwards."""
+    async with engine_with_tables(postgresql_url):
+        printed = await asyncio.to_thread(run, tmp_path, postgresql_url, BY_CLIENT)
+        assert "2 passed" in printed
+    judge = await judge_for(postgresql_url)
+    assert await judge.rows("SELECT * FROM note") == []
+
+
+def test_missing_application_is_told(tmp_path: Path) -> None:
+    """Without `sandbox_app` the client's fixture says how to define it."""
+    printed = run(tmp_path, "sqlite+aiosqlite://", BY_CLIENT, conftest="")
+    assert "define a fixture `sandbox_app` that returns your application" in printed
+
+
+def test_nothing_is_used_unasked(tmp_path: Path) -> None:
+    """A test that asks for no fixture of the plugin gets none."""
+    test = "def test_names(request):\n    assert [n for n in request.fixturenames if 'sandbox' in n] == []\n"
+    assert "1 passed" in run(tmp_path, "sqlite+aiosqlite://", test)
