@@ -24,3 +24,31 @@ async def box(sandboxed: Site) -> AsyncIterator[Sandbox]:
     """The sandbox of that process."""
     async with sandbox(sandboxed.db, timeout=2) as box:
         yield box
+
+
+@pytest.fixture(params=["postgresql", "psycopg", "sqlite"])
+def deferring_driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty database by each driver of the two whose COMMIT can fail."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "psycopg"])
+def postgresql_driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty PostgreSQL database by each driver."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "asyncmy"])
+def server_driver_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of a server, by each driver."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def undoing_ddl_url(request: pytest.FixtureRequest) -> str:
+    """An empty database on each of the two that roll DDL back."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url

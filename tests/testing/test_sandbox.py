@@ -32,10 +32,14 @@ async def write(db: SessionProxy[AsyncSession], text: str) -> None:
 async def test_next_unit_reads_what_was_committed(sandboxed: Site, box: Sandbox) -> None:
     """A COMMIT is seen by the next unit, a ROLLBACK is not; the sandbox counts both."""
     await write(sandboxed.db, "committed")
-    with pytest.raises(BoomError):
+
+    async def fail() -> None:
         async with sandboxed.db(commit_on_exit=True) as unit:
             await unit.session.execute(insert(Note).values(text="rolled back"))
             raise BoomError
+
+    with pytest.raises(BoomError):
+        await fail()
     assert await notes(sandboxed.db) == ["before", "committed"]
     assert (box.commits, box.rollbacks) == (1, 1)
 
@@ -46,7 +50,7 @@ async def test_any_way_to_the_engine_is_undone(sandboxed: Site, box: Sandbox) ->
         await unit.session.execute(text("INSERT INTO note (text) VALUES ('by text')"))
         await unit.session.commit()
     async with sandboxed.engine.begin() as connection:
-        await connection.execute(insert(Note.__table__).values(text="by the engine"))
+        await connection.execute(insert(Note).values(text="by the engine"))
     async with sandboxed.engine.connect() as connection:
         await connection.execute(insert(Note).values(text="by words"))
         await connection.execute(text("COMMIT"))
@@ -127,13 +131,17 @@ async def test_each_task_of_multi_sessions_has_its_turn(sandboxed: Site, box: Sa
 
 async def test_inner_unit_commits_inside_an_outer_one(sandboxed: Site, box: Sandbox) -> None:
     """The COMMIT of an inner unit outlives the ROLLBACK of an outer one that has only read before."""
-    with pytest.raises(BoomError):
+
+    async def fail() -> None:
         async with sandboxed.db(commit_on_exit=True) as outer:
             assert len(list(await outer.session.scalars(select(Note)))) == 1
             await write(sandboxed.db, "audit")
             outer.session.add(Note(text="rolled back"))
             await outer.session.flush()
             raise BoomError
+
+    with pytest.raises(BoomError):
+        await fail()
     assert await notes(sandboxed.db) == ["audit", "before"]
     async with sandboxed.db(commit_on_exit=True) as outer:
         outer.session.add(Note(text="outer"))

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_async_sqlalchemy import ConfigurationError, create_middleware_and_session_proxy
+from fastapi_async_sqlalchemy import ConfigurationError, SessionProxy, create_middleware_and_session_proxy
 from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, sandbox
 from tests.support.databases import JudgeFor
 from tests.support.site import MakeSite, Site, complaints
@@ -16,16 +18,21 @@ from tests.support.worker import open_worker
 from tests.testing.test_sandbox import notes, write
 
 
+async def write_with_hooks(db: SessionProxy[AsyncSession], ran: list[str]) -> None:
+    """Write a note in a unit that commits, and note which hooks run."""
+    async with db(commit_on_exit=True) as unit:
+        unit.on_rollback(lambda: ran.append("rollback"))
+        unit.on_commit(lambda: ran.append("commit"))
+        unit.session.add(Note(text="hooked"))
+
+
 async def test_commit_fails_by_a_constraint(sandboxed: Site, box: Sandbox) -> None:
     """The next COMMIT of a transaction that has written is refused once, and its transaction undone."""
     ran: list[str] = []
     box.fail_commit()
     assert await notes(sandboxed.db) == ["before"]
     with pytest.raises(IntegrityError):
-        async with sandboxed.db(commit_on_exit=True) as unit:
-            unit.on_rollback(lambda: ran.append("rollback"))
-            unit.on_commit(lambda: ran.append("commit"))
-            unit.session.add(Note(text="refused"))
+        await write_with_hooks(sandboxed.db, ran)
     await write(sandboxed.db, "kept")
     assert await notes(sandboxed.db) == ["before", "kept"]
     assert (ran, box.commits, box.rollbacks) == (["rollback"], 1, 1)
@@ -53,14 +60,11 @@ async def test_commit_of_unknown_outcome(
     ran: list[str] = []
     box.fail_commit(failure)
     with caplog.at_level(logging.WARNING), pytest.raises(DBAPIError) as raised:
-        async with sandboxed.db(commit_on_exit=True) as unit:
-            unit.on_rollback(lambda: ran.append("rollback"))
-            unit.on_commit(lambda: ran.append("commit"))
-            unit.session.add(Note(text="in doubt"))
+        await write_with_hooks(sandboxed.db, ran)
     assert raised.value.connection_invalidated
     assert [text.partition(" on ")[0] for text in complaints(caplog)] == ["ERROR: COMMIT"]
     await write(sandboxed.db, "kept")
-    stored = ["in doubt"] if failure == "lost_after_commit" else []
+    stored = ["hooked"] if failure == "lost_after_commit" else []
     assert (ran, await notes(sandboxed.db)) == ([], ["before", *stored, "kept"])
 
 
@@ -79,9 +83,7 @@ async def test_statement_finds_its_connection_lost(sandboxed: Site, box: Sandbox
     assert box.rollbacks == 1
 
 
-async def test_failure_of_one_database(
-    sqlite_url: str, postgresql_url: str, judge_for: JudgeFor
-) -> None:
+async def test_failure_of_one_database(sqlite_url: str, postgresql_url: str, judge_for: JudgeFor) -> None:
     """`on` names the database whose COMMIT fails; the other one commits."""
     async with (
         open_worker(sqlite_url, judge_for) as one,
@@ -108,9 +110,7 @@ async def test_request_whose_commit_fails(database_url: str, make_site: MakeSite
         await site.db.session.execute(insert(Note).values(text="refused"))
 
     @site.app.exception_handler(IntegrityError)
-    async def answer(*_: object) -> object:
-        from fastapi.responses import JSONResponse
-
+    async def answer(*_: object) -> JSONResponse:
         return JSONResponse({}, status_code=409)
 
     async with sandbox(site.db) as box, site.client() as client:

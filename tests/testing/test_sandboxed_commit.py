@@ -1,4 +1,4 @@
-"""What COMMIT checks and ends, it checks and ends inside a sandbox, too: constraints, settings, two databases."""
+"""COMMIT inside a sandbox checks what it checks in production: constraints, settings, two databases."""
 
 from contextlib import ExitStack
 
@@ -14,19 +14,7 @@ from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 from tests.support.worker import open_worker
 from tests.testing.test_sandbox import notes, write
 
-
-@pytest.fixture(params=["postgresql", "psycopg", "sqlite"])
-def deferring_driver_url(request: pytest.FixtureRequest) -> str:
-    """An empty database by each driver of the two whose COMMIT can fail."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
-@pytest.fixture(params=["postgresql", "psycopg"])
-def postgresql_driver_url(request: pytest.FixtureRequest) -> str:
-    """An empty PostgreSQL database by each driver."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
+TENANT = text("SELECT set_config('app.tenant', :tenant, true)")
 
 
 async def test_deferred_constraint_refuses_each_commit(
@@ -62,7 +50,7 @@ async def test_setting_of_one_unit_is_gone_in_the_next(
         for end in ("commit", "rollback"):
             async with worker.db() as unit:
                 assert await tenant() is None
-                await unit.session.execute(text("SELECT set_config('app.tenant', :tenant, true)"), {"tenant": "a"})
+                await unit.session.execute(TENANT, {"tenant": "a"})
                 await unit.session.execute(text("SET LOCAL statement_timeout = 4000"))
                 async with worker.db(commit_on_exit=True) as inner:
                     assert await tenant() is None
@@ -88,11 +76,15 @@ async def test_role_of_one_unit_is_gone_in_the_next(postgresql_driver_url: str, 
 async def test_silent_rollback_stays_one(postgresql_driver_url: str, judge_for: JudgeFor) -> None:
     """PostgreSQL answers COMMIT by ROLLBACK after a swallowed error: a unit says so, an engine does not."""
     async with open_worker(postgresql_driver_url, judge_for) as worker, sandbox(worker.db) as box:
-        with pytest.raises(UnexpectedRollbackError):
+
+        async def swallow() -> None:
             async with worker.db(commit_on_exit=True) as unit:
                 await unit.session.execute(insert(Note).values(text="lost"))
                 with pytest.raises(DBAPIError):
                     await unit.session.execute(text("SELECT 1 / 0"))
+
+        with pytest.raises(UnexpectedRollbackError):
+            await swallow()
         async with worker.engine.begin() as connection:
             await connection.execute(insert(Note).values(text="lost"))
             with pytest.raises(DBAPIError):

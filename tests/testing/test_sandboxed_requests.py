@@ -1,4 +1,4 @@
-"""The deployed application inside a sandbox: its requests commit, roll back and take turns, by each driver."""
+"""The deployed application inside a sandbox: requests commit, roll back and take turns, by each driver."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -11,12 +11,14 @@ from fastapi.testclient import TestClient
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from starlette.middleware import Middleware
 from starlette.requests import Request
 
-from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, SessionProxy, create_middleware_and_session_proxy
+from fastapi_async_sqlalchemy import SessionProxy, create_middleware_and_session_proxy
 from fastapi_async_sqlalchemy.testing import SandboxedApp, SandboxError, sandbox
 from tests.support.databases import JudgeFor
-from tests.support.site import Site
+from tests.support.requests import AROUND
+from tests.support.site import MakeSite
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 
 
@@ -82,51 +84,43 @@ async def deployed(url: str) -> AsyncGenerator[tuple[FastAPI, SessionProxy[Async
         yield app, db
 
 
-async def test_requests_commit_and_roll_back(sandboxed: Site) -> None:
+async def test_requests_commit_and_roll_back(driver_url: str, make_site: MakeSite) -> None:
     """A 201 stays for the next request, a 403 does not, a duplicate key is the application's 409."""
-    sandboxed.app.add_middleware(_middleware_of(sandboxed), custom_engine=sandboxed.engine, commit_on_exit=True)
-    add_routes(sandboxed.app, sandboxed.db)
-    async with sandbox(sandboxed.db) as box, sandboxed.client() as client:
-        assert (await client.post("/notes/first")).json() == 3
+    site = await make_site(driver_url, commit_on_exit=True)
+    add_routes(site.app, site.db)
+    async with sandbox(site.db) as box, site.client() as client:
+        assert (await client.post("/notes/first")).json() == 2
         assert (await client.post("/notes/first")).status_code == 409
         assert (await client.post("/refused/other")).status_code == 403
-        stored = ["before", "first", "first, afterwards", "first, by text"]
+        stored = ["first", "first, afterwards", "first, by text"]
         assert (await client.get("/notes")).json() == stored
         assert (await client.get("/stream")).text.split("\n") == [*stored, ""]
         assert (box.commits, box.rollbacks) == (2, 2)
+    assert await site.notes() == []
 
 
-async def test_concurrent_requests_take_turns(sandboxed: Site) -> None:
-    """Requests at the same time wait for each other, and none reads what another one has not committed."""
-    sandboxed.app.add_middleware(_middleware_of(sandboxed), custom_engine=sandboxed.engine, commit_on_exit=True)
-    add_routes(sandboxed.app, sandboxed.db)
-    async with sandbox(sandboxed.db) as box, sandboxed.client() as client:
+@pytest.mark.parametrize(("outside", "inside"), AROUND)
+async def test_concurrent_requests_take_turns(
+    driver_url: str, make_site: MakeSite, outside: list[Middleware], inside: list[Middleware]
+) -> None:
+    """Requests at the same time wait for each other, whatever middleware is around them."""
+    site = await make_site(driver_url, commit_on_exit=True, outside=outside, inside=inside)
+    add_routes(site.app, site.db)
+    async with sandbox(site.db) as box, site.client() as client:
         answers = await asyncio.gather(*(client.post(f"/notes/{number}") for number in range(5)))
         assert all(answer.status_code == 201 for answer in answers)
-        assert len((await client.get("/notes")).json()) == 16
+        assert len((await client.get("/notes")).json()) == 15
         assert box.commits == 10
+    assert await site.notes() == []
 
 
-def _middleware_of(site: Site) -> type[SQLAlchemyMiddleware[AsyncSession]]:
-    """Return a middleware for the pair of a process that had no application."""
-    members = {"_database": site.db._database, "_current": site.db._current}
-    return type("Middleware", (SQLAlchemyMiddleware,), members)
-
-
-@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "asyncmy", "sqlite"])
-def app_url(request: pytest.FixtureRequest) -> str:
-    """An empty database by each driver in turn."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
-def test_test_client_sees_the_undone_world(app_url: str) -> None:
-    """`TestClient` runs the application in a loop of its own: the wrapper opens the sandbox there, each time."""
+def test_test_client_sees_the_undone_world(driver_url: str) -> None:
+    """`TestClient` runs the application in a loop of its own, where the wrapper opens the sandbox."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
-    app.add_middleware(middleware, db_url=app_url, commit_on_exit=True)
+    app.add_middleware(middleware, db_url=driver_url, commit_on_exit=True)
     add_routes(app, db)
-    asyncio.run(_make_tables(app_url))
+    asyncio.run(_make_tables(driver_url))
     for _ in range(2):
         with TestClient(SandboxedApp(app, db)) as client:
             assert client.get("/notes").json() == []
@@ -160,11 +154,9 @@ def test_wrapper_counts_and_refuses(sqlite_url: str) -> None:
         assert wrapped.box.commits == 2
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
-async def test_application_may_use_one_loop_only(kind: str, request: pytest.FixtureRequest) -> None:
+async def test_application_may_use_one_loop_only(undoing_ddl_url: str) -> None:
     """An application in another loop than the sandbox's is told of the wrapper."""
-    url: str = request.getfixturevalue(f"{kind}_url")
-    async with deployed(url) as (app, db), sandbox(db):
+    async with deployed(undoing_ddl_url) as (app, db), sandbox(db):
 
         def call() -> None:
             with TestClient(app) as client, pytest.raises(SandboxError, match=r"SandboxedApp\(app, db\)"):
@@ -173,15 +165,13 @@ async def test_application_may_use_one_loop_only(kind: str, request: pytest.Fixt
         await asyncio.to_thread(call)
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "psycopg"])
-def test_deferred_constraint_is_the_applications_409(kind: str, request: pytest.FixtureRequest) -> None:
+def test_deferred_constraint_is_the_applications_409(postgresql_driver_url: str) -> None:
     """A constraint that fails at COMMIT is answered as deployed, in the sandbox and without it."""
-    url: str = request.getfixturevalue(f"{kind}_url")
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
-    app.add_middleware(middleware, db_url=url, commit_on_exit=True)
+    app.add_middleware(middleware, db_url=postgresql_driver_url, commit_on_exit=True)
     add_routes(app, db)
-    asyncio.run(_make_tables(url))
+    asyncio.run(_make_tables(postgresql_driver_url))
     answers: list[object] = []
     for served in (SandboxedApp(app, db), app):
         with TestClient(served) as client:

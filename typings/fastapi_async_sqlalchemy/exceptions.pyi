@@ -16,6 +16,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "ReplicaLagError",
+    "SandboxError",
     "SessionNotInitialisedError",
     "TransactionBegunError",
     "UnexpectedRollbackError",
@@ -76,3 +77,6 @@ class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     committed: tuple[str, ...]
     in_doubt: tuple[str, ...]
     def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None: ...
+
+class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, reason: str) -> None: ...

@@ -6,6 +6,7 @@ the caller's own SQL begin and end their transactions as they do in production.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import Factory, define
@@ -34,6 +35,7 @@ class Server(Protocol):
     @property
     def dialect(self) -> str:
         """The name of the database's dialect."""
+        ...
 
     def enter(self, transaction: Logical) -> None:
         """Begin a transaction, unless it has begun; wait for one's turn."""
@@ -119,25 +121,24 @@ class LogicalCursor:
     """A cursor of the real connection that begins its logical connection's transaction."""
 
     def __init__(self, logical: Logical, real: Any) -> None:
-        object.__setattr__(self, "_logical", logical)
-        object.__setattr__(self, "_real", real)
+        vars(self).update(_logical=logical, _cursor=real)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
+        return getattr(self._cursor, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._real, name, value)
+        setattr(self._cursor, name, value)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._real)
+        return iter(self._cursor)
 
     def execute(self, operation: str, *parameters: Any) -> Any:
         """Run a statement."""
-        return self._logical.run(self._real.execute, operation, *parameters)
+        return self._logical.run(self._cursor.execute, operation, *parameters)
 
     def executemany(self, operation: str, parameters: Any) -> Any:
         """Run a statement for each of several sets of parameters."""
-        return self._logical.run(self._real.executemany, operation, parameters)
+        return self._logical.run(self._cursor.executemany, operation, parameters)
 
 
 class LogicalConnection:
@@ -185,7 +186,7 @@ class _Asyncpg(LogicalConnection):
 
     @property
     def _connection(self) -> Any:
-        return _CLOSED if self._logical.lost else self._logical.server.real._connection
+        return _Closed if self._logical.lost else self._logical.server.real._connection
 
     @property
     def readonly(self) -> bool:
@@ -205,11 +206,11 @@ class _Asyncpg(LogicalConnection):
 
 
 class _Closed:
-    def is_closed(self) -> bool:
+    """A connection of asyncpg that the network has broken."""
+
+    @staticmethod
+    def is_closed() -> bool:
         return True
-
-
-_CLOSED: Final = _Closed()
 
 
 class _Psycopg(LogicalConnection):
@@ -247,16 +248,16 @@ class _Psycopg(LogicalConnection):
     def set_autocommit(self, value: bool) -> None:  # noqa: FBT001  # psycopg's
         self._logical.autocommits = value
 
-    def tpc_begin(self, xid: object) -> None:
+    def tpc_begin(self, _: object) -> None:
         """Do nothing: the transaction begins with its first statement."""
 
     def tpc_prepare(self) -> None:
         self._logical.server.check()
 
-    def tpc_commit(self, xid: object = None) -> None:
+    def tpc_commit(self, _: object = None) -> None:
         self.commit()
 
-    def tpc_rollback(self, xid: object = None) -> None:
+    def tpc_rollback(self, _: object = None) -> None:
         self.rollback()
 
 
@@ -282,13 +283,15 @@ class _Sqlite(LogicalConnection):
         self._logical.autocommits = value is None
 
 
-_KINDS: Final[dict[str, type[LogicalConnection]]] = {
-    "asyncpg": _Asyncpg,
-    "psycopg": _Psycopg,
-    "aiomysql": _Mysql,
-    "asyncmy": _Mysql,
-    "aiosqlite": _Sqlite,
-}
+_KINDS: Final = MappingProxyType[str, type[LogicalConnection]](
+    {
+        "asyncpg": _Asyncpg,
+        "psycopg": _Psycopg,
+        "aiomysql": _Mysql,
+        "asyncmy": _Mysql,
+        "aiosqlite": _Sqlite,
+    }
+)
 
 
 def knows(engine: Engine) -> bool:

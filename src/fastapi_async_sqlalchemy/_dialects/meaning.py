@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import Final
 
 from .statements import verb_of
@@ -27,25 +28,31 @@ class Meaning(Enum):
     """It is sent as it is."""
 
 
-_BY_VERB: Final = {
-    "COMMIT": Meaning.COMMIT,
-    "END": Meaning.COMMIT,
-    "ABORT": Meaning.ROLLBACK,
-    "BEGIN": Meaning.BEGIN,
-    "START": Meaning.BEGIN,
-}
-_XA: Final = {
-    "BEGIN": Meaning.BEGIN,
-    "START": Meaning.BEGIN,
-    "END": Meaning.NOTHING,
-    "PREPARE": Meaning.PREPARE,
-    "COMMIT": Meaning.COMMIT,
-    "ROLLBACK": Meaning.ROLLBACK,
-}
+_BY_VERB: Final = MappingProxyType(
+    {
+        "COMMIT": Meaning.COMMIT,
+        "END": Meaning.COMMIT,
+        "ABORT": Meaning.ROLLBACK,
+        "BEGIN": Meaning.BEGIN,
+        "START": Meaning.BEGIN,
+    }
+)
+_XA: Final = MappingProxyType(
+    {
+        "BEGIN": Meaning.BEGIN,
+        "START": Meaning.BEGIN,
+        "END": Meaning.NOTHING,
+        "PREPARE": Meaning.PREPARE,
+        "COMMIT": Meaning.COMMIT,
+        "ROLLBACK": Meaning.ROLLBACK,
+    }
+)
 _CHARACTERISTICS: Final = re.compile(
     r"\s*SET\s+(?:SESSION\s+CHARACTERISTICS\s+AS\s+|SESSION\s+|LOCAL\s+)?TRANSACTION\s", re.IGNORECASE
 )
 _QUERY_ONLY: Final = re.compile(r"\s*PRAGMA\s+query_only\s*[=(]\s*(?P<value>\w+)", re.IGNORECASE)
+_TRUE: Final = frozenset({"ON", "1", "TRUE", "YES"})
+_BY_WORDS: Final = frozenset({"ROLLBACK", "PREPARE", "XA"})
 _ACCESS: Final = re.compile(r"\bREAD\s+(ONLY|WRITE)\b", re.IGNORECASE)
 _COMMITS_IMPLICITLY: Final = frozenset(
     {
@@ -62,21 +69,25 @@ def meaning_of(dialect: str, statement: str) -> Meaning:
     verb = verb_of(statement)
     if verb in _BY_VERB:
         return _BY_VERB[verb]
-    if verb == "ROLLBACK":
-        words = statement.upper().split()
-        return Meaning.STATEMENT if "TO" in words else Meaning.ROLLBACK
-    if verb == "XA":
-        return _XA.get(statement.upper().split()[1], Meaning.STATEMENT)
-    if verb == "PREPARE" and statement.upper().split()[1] == "TRANSACTION":
-        return Meaning.PREPARE
     if verb == "SET" and _CHARACTERISTICS.match(statement):
-        access = _ACCESS.search(statement)
-        if access is None:
-            return Meaning.NOTHING
-        if dialect in _MYSQL or "CHARACTERISTICS" in statement.upper():
-            return Meaning.READ_ONLY if access[1].upper() == "ONLY" else Meaning.READ_WRITE
+        return _characteristics(dialect, statement)
     if verb == "PRAGMA" and (found := _QUERY_ONLY.match(statement)):
-        return Meaning.READ_ONLY if found["value"].upper() in {"ON", "1", "TRUE", "YES"} else Meaning.READ_WRITE
+        return Meaning.READ_ONLY if found["value"].upper() in _TRUE else Meaning.READ_WRITE
+    words = statement.upper().split() if verb in _BY_WORDS else []
+    if verb == "ROLLBACK" and "TO" not in words:
+        return Meaning.ROLLBACK
+    if verb == "PREPARE" and words[1] == "TRANSACTION":
+        return Meaning.PREPARE
+    return _XA.get(words[1], Meaning.STATEMENT) if verb == "XA" else Meaning.STATEMENT
+
+
+def _characteristics(dialect: str, statement: str) -> Meaning:
+    """Return the meaning of SET TRANSACTION and its like; PostgreSQL applies some to a savepoint, too."""
+    access = _ACCESS.search(statement)
+    if access is None:
+        return Meaning.NOTHING
+    if dialect in _MYSQL or "CHARACTERISTICS" in statement.upper():
+        return Meaning.READ_ONLY if access[1].upper() == "ONLY" else Meaning.READ_WRITE
     return Meaning.STATEMENT
 
 

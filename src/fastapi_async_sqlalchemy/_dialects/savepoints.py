@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, TypeAlias
 
 from attrs import define, field
@@ -35,7 +36,7 @@ class Savepoints:
         """Begin the transaction that is rolled back at the end."""
         self.send("BEGIN")
 
-    def open(self, name: str, *, read_only: bool, inside: bool) -> None:
+    def open(self, name: str, *, read_only: bool, inside: bool) -> None:  # noqa: ARG002  # others need them
         """Begin a transaction; ``inside`` if another one is open that has set something."""
         self.send(f"SAVEPOINT {name}")
 
@@ -46,7 +47,7 @@ class Savepoints:
         """Go on with a transaction in which another one has ended."""
 
     def refuse_write(self) -> None:
-        """Raise the error for a statement that writes in a read-only transaction, unless the database does."""
+        """Raise the error for a write in a read-only transaction, unless the database raises it itself."""
 
     def fail(self, failure: CommitFailure) -> NoReturn:
         """Raise the error of a COMMIT that is refused."""
@@ -92,10 +93,12 @@ BEGIN
  IF deferred IS NOT NULL THEN EXECUTE 'SET CONSTRAINTS ' || deferred || ' DEFERRED'; END IF;
  {}
 END $sandbox$"""
-_POSTGRESQL_FAILURES: Final = {
-    "constraint": ("23503", "insert or update violates a foreign key constraint (the sandbox says so)"),
-    "conflict": ("40001", "could not serialize access (the sandbox says so)"),
-}
+_POSTGRESQL_FAILURES: Final = MappingProxyType(
+    {
+        "constraint": ("23503", "insert or update violates a foreign key constraint (the sandbox says so)"),
+        "conflict": ("40001", "could not serialize access (the sandbox says so)"),
+    }
+)
 
 
 @define(eq=False, repr=False)
@@ -112,10 +115,12 @@ class _Mysql(Savepoints):
 
 
 _SIGNAL: Final = "SIGNAL SQLSTATE '{}' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = '{}'"
-_MYSQL_FAILURES: Final = {
-    "constraint": ("23000", 1452, "a foreign key constraint fails (the sandbox says so)"),
-    "conflict": ("40001", 1213, "Deadlock found (the sandbox says so)"),
-}
+_MYSQL_FAILURES: Final = MappingProxyType(
+    {
+        "constraint": ("23000", 1452, "a foreign key constraint fails (the sandbox says so)"),
+        "conflict": ("40001", 1213, "Deadlock found (the sandbox says so)"),
+    }
+)
 
 
 @define(eq=False, repr=False)
@@ -132,7 +137,7 @@ class _Sqlite(Savepoints):
         self.send("BEGIN")
         self._before = self._violations()
 
-    def open(self, name: str, *, read_only: bool, inside: bool) -> None:
+    def open(self, name: str, *, read_only: bool, inside: bool) -> None:  # noqa: ARG002  # PostgreSQL's
         self._set_query_only(value=False)  # of a transaction around this one
         self.send(f"SAVEPOINT {name}")
         self._set_query_only(value=read_only)
@@ -148,7 +153,9 @@ class _Sqlite(Savepoints):
     def check(self) -> None:
         """Check deferred foreign keys, which SQLite checks only at a real COMMIT."""
         if self._violations() - self._before:
-            self._raise("IntegrityError", "FOREIGN KEY constraint failed", 787, "SQLITE_CONSTRAINT_FOREIGNKEY")
+            self._raise(
+                "IntegrityError", "FOREIGN KEY constraint failed", 787, "SQLITE_CONSTRAINT_FOREIGNKEY"
+            )
         self.send("PRAGMA defer_foreign_keys = OFF")
 
     def _violations(self) -> frozenset[tuple[Any, ...]]:
@@ -167,12 +174,14 @@ class _Sqlite(Savepoints):
         self._raise("IntegrityError", "FOREIGN KEY constraint failed", 787, "SQLITE_CONSTRAINT_FOREIGNKEY")
 
 
-_KINDS: Final[dict[str, type[Savepoints]]] = {
-    "postgresql": _Postgresql,
-    "mysql": _Mysql,
-    "mariadb": _Mysql,
-    "sqlite": _Sqlite,
-}
+_KINDS: Final = MappingProxyType[str, type[Savepoints]](
+    {
+        "postgresql": _Postgresql,
+        "mysql": _Mysql,
+        "mariadb": _Mysql,
+        "sqlite": _Sqlite,
+    }
+)
 
 
 def savepoints_of(engine: Engine, send: Send) -> Savepoints:
@@ -185,13 +194,15 @@ def has_given_up(error: Exception) -> bool:
     return getattr(error, "sqlstate", None) == _ABORTED
 
 
-_LOST: Final[dict[str, tuple[str, tuple[object, ...]]]] = {
-    "asyncpg": ("Error", ("connection was closed in the middle of operation",)),
-    "psycopg": ("OperationalError", ("the connection is lost",)),
-    "aiomysql": ("OperationalError", (2013, "Lost connection to MySQL server during query")),
-    "asyncmy": ("OperationalError", (2013, "Lost connection to MySQL server during query")),
-    "aiosqlite": ("OperationalError", ("no active connection",)),
-}
+_LOST: Final = MappingProxyType[str, tuple[str, tuple[object, ...]]](
+    {
+        "asyncpg": ("Error", ("connection was closed in the middle of operation",)),
+        "psycopg": ("OperationalError", ("the connection is lost",)),
+        "aiomysql": ("OperationalError", (2013, "Lost connection to MySQL server during query")),
+        "asyncmy": ("OperationalError", (2013, "Lost connection to MySQL server during query")),
+        "aiosqlite": ("OperationalError", ("no active connection",)),
+    }
+)
 
 
 def connection_lost(engine: Engine) -> Exception:

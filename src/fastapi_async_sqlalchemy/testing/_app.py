@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SandboxedApp:
-    """ASGI application that runs another one inside ``sandbox(*databases)``, from its startup to its shutdown.
+    """ASGI application that runs another one inside ``sandbox(*databases)``, from startup to shutdown.
 
     ``with TestClient(SandboxedApp(app, db)) as client:`` opens the sandbox in the event loop of the client.
     """

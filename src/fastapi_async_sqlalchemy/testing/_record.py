@@ -31,7 +31,7 @@ class _Failure:
     """The database; None for whichever comes first."""
 
 
-@define(eq=False, repr=False, init=False)
+@define(eq=False, repr=False)
 class Sandbox:
     """What happened on the databases of a sandbox, and what fails next.
 
@@ -43,9 +43,6 @@ class Sandbox:
     _commits: int = 0
     _rollbacks: int = 0
     _failures: list[_Failure] = Factory(list[_Failure])
-
-    def __init__(self) -> None:
-        self.__attrs_init__()
 
     @property
     def commits(self) -> int:
@@ -61,7 +58,8 @@ class Sandbox:
         """Raise ``AssertionError`` if the application has sent more; ``statements.clear()`` starts anew."""
         if len(self.statements) > at_most:
             listed = "\n".join(f"{number}. {one}" for number, one in enumerate(self.statements, 1))
-            message = f"{len(self.statements)} statements were sent, and at most {at_most} expected:\n{listed}"
+            sent = f"{len(self.statements)} statements were sent"
+            message = f"{sent}, and at most {at_most} expected:\n{listed}"
             raise AssertionError(message)
 
     def fail_commit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from attrs import Factory, define
 from sqlalchemy import event
@@ -19,6 +19,7 @@ from .._dialects.loops import renew_queue
 from .._session.cancellation import to_completion
 from .._unit.place import Handle
 from ..exceptions import ConfigurationError, SandboxError
+from ._connection import RealConnection
 from ._record import Sandbox
 from ._server import SandboxServer
 
@@ -60,15 +61,15 @@ def sandbox(
     if not databases:
         message = "sandbox() takes at least one database: give it `db`."
         raise ConfigurationError(message)
-    return _open(databases, positive("timeout", timeout))
+    return cast("AbstractAsyncContextManager[Sandbox, None]", _open(databases, positive("timeout", timeout)))
 
 
 @asynccontextmanager
 async def _open(
-    databases: tuple[SessionProxy[AsyncSession] | AsyncEngine, ...], timeout: float
+    databases: tuple[SessionProxy[AsyncSession] | AsyncEngine, ...], patience: float
 ) -> AsyncGenerator[Sandbox]:
     box = Sandbox()
-    takeover = _Takeover(box, timeout, asyncio.get_running_loop())
+    takeover = _Takeover(box, patience, asyncio.get_running_loop())
     try:
         for one in databases:
             if isinstance(one, AsyncEngine):
@@ -109,6 +110,7 @@ class _Takeover:
     timeout: float
     loop: asyncio.AbstractEventLoop
     watches: list[Watch] = Factory(list["Watch"])
+    connections: list[RealConnection] = Factory(list[RealConnection])
     servers: dict[Hashable, SandboxServer] = Factory(dict["Hashable", SandboxServer])
     taken: list[_Taken] = Factory(list[_Taken])
 
@@ -143,7 +145,9 @@ class _Takeover:
         """Return the server of an engine's database, which engines of the same URL share."""
         key: Hashable = pool if engine.url.database in _IN_MEMORY else engine.url
         if key not in self.servers:
-            self.servers[key] = SandboxServer(engine, self.box, self.timeout, self.loop, self.servers)
+            connection = RealConnection(engine, self.loop, self.connections)
+            self.connections.append(connection)
+            self.servers[key] = SandboxServer(connection, self.box, self.timeout)
         return self.servers[key]
 
     async def end(self) -> None:
@@ -170,8 +174,8 @@ def _logical_pool(engine: Engine, own: Pool, server: SandboxServer) -> Pool:
     creator: Any = partial(server.connect, engine, own)
     pool: Pool
     if isinstance(own, QueuePool):
-        limits = {"pool_size": own.size(), "max_overflow": own._max_overflow, "timeout": own.timeout()}
-        pool = AsyncAdaptedQueuePool(creator, dialect=engine.dialect, **limits)
+        size, overflow = own.size(), own._max_overflow
+        pool = AsyncAdaptedQueuePool(creator, size, overflow, own.timeout(), dialect=engine.dialect)
     else:
         pool = NullPool(creator, dialect=engine.dialect)
     for name in _EVENTS:

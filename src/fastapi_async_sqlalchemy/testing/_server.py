@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-from attrs import Factory, define, field
+from attrs import Factory, define
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .._dialects.begin import commits_by_itself
 from .._dialects.logical import Logical, LogicalConnection, logical_connection
 from .._dialects.meaning import commits_implicitly
-from .._dialects.savepoints import Savepoints, connection_lost, has_given_up, savepoints_of
+from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
 from .._session.cancellation import to_completion
 from .._session.state import task_at_work, task_name
@@ -23,21 +23,18 @@ from .._unit.unit import UnitOfWork
 from ..exceptions import SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Iterator
 
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
-    from sqlalchemy.pool import Pool, PoolProxiedConnection
+    from sqlalchemy.pool import Pool
 
     from .._session.state import StatefulSession
     from .._session.watch import Watch
     from .._unit.place import Place
+    from ._connection import RealConnection
     from ._record import Sandbox
 
-_OTHER_LOOP: Final = (
-    "it was opened in another event loop: wrap the application in SandboxedApp(app, db), which opens the "
-    "sandbox in the loop of TestClient"
-)
 _INNER: Final = (
     "a transaction of the same task, begun later, is still open, and in the sandbox both share one "
     "connection: end the inner one first"
@@ -46,12 +43,10 @@ _OUTLIVES: Final = (
     "a transaction rolled back its writes, and another one had been committed inside it meanwhile: in "
     "production that COMMIT stays, and here the one connection cannot keep it; test this without the sandbox"
 )
-_TWO_URLS: Final = (
-    "two engines come to one database by different URLs, and so neither would see what the other commits: "
-    "give both the same URL"
-)
 _DISCARDED: Final = "a connection with its transaction open was discarded, and it could not be rolled back"
-_BY_DATABASE: Final = "its transaction has been ended from outside, for example by a deadlock or a broken connection"
+_BY_DATABASE: Final = (
+    "its transaction has been ended from outside, for example by a deadlock or a broken connection"
+)
 _DDL: Final = (
     "MariaDB would commit the whole sandbox by {}: change the schema before the sandbox is opened, in a "
     "fixture of the session"
@@ -63,98 +58,37 @@ _HOUSEKEEPING: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK", "SET", "PR
 class SandboxServer:
     """A database in a sandbox: one connection, and a savepoint for each transaction that is open on it."""
 
-    engine: Engine
+    connection: RealConnection
     box: Sandbox
     timeout: float
-    loop: asyncio.AbstractEventLoop
-    _all: Mapping[Hashable, SandboxServer]
-    """The servers of the sandbox, by what tells them apart."""
     watches: list[Watch] = Factory(list["Watch"])
     """The databases of pairs that use the server."""
     over: str = ""
     """Why the sandbox cannot go on."""
-    ended: bool = False
-    _savepoints: Savepoints = field(init=False)
-    _connection: PoolProxiedConnection | None = None
-    _used: set[Pool] = Factory(set["Pool"])
-    """The engines' own pools that have connected; the first one's connection is the real one."""
-    _connecting: asyncio.Lock = Factory(asyncio.Lock)
     _open: list[Logical] = Factory(list[Logical])
     """The open transactions; each one's savepoint lies inside the one before."""
     _waiting: list[asyncio.Future[None]] = Factory(list["asyncio.Future[None]"])
 
-    def __attrs_post_init__(self) -> None:
-        self._savepoints = savepoints_of(self.engine, self.send)
-
     @property
     def dialect(self) -> str:
         """The name of the database's dialect."""
-        return self.engine.dialect.name
+        return self.connection.engine.dialect.name
 
     @property
     def real(self) -> Any:
         """The driver's adapter."""
-        if self._connection is None:
-            raise SandboxError("it has ended" if self.ended else "it has no connection yet")
-        return self._connection.dbapi_connection
+        return self.connection.adapter
 
     def connect(self, engine: Engine, own: Pool) -> LogicalConnection:
         """Return a new logical connection for an engine with a pool of its own; called inside a greenlet."""
         self._require()
-        if own not in self._used:
-            await_only(self._connect(engine, own))
+        self.connection.open(engine, own)
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))
 
-    def _is_at_the_place_of(self, other: SandboxServer) -> bool:
-        places = [
-            (one.dialect, url.host, url.port, url.database, url.query.get("host"))
-            for one in (self, other)
-            for url in (one.engine.url,)
-        ]
-        return self.engine.url != other.engine.url and places[0] == places[1]
-
-    async def _connect(self, engine: Engine, own: Pool) -> None:
-        async with self._connecting:
-            if not self._used:
-                await greenlet_spawn(self._begin, engine, own)
-            elif own not in self._used:  # SQLAlchemy looks at the database once for each engine
-                await greenlet_spawn(lambda: own.connect().close())
-            self._used.add(own)
-
-    def _begin(self, engine: Engine, own: Pool) -> None:
-        for other in self._all.values():
-            if other is not self and other._connection is not None and self._is_at_the_place_of(other):
-                raise SandboxError(_TWO_URLS)
-        self.engine = engine
-        connection = own.connect()
-        try:
-            dialect = engine.dialect
-            if commits_by_itself(engine) and dialect.default_isolation_level is not None:
-                dialect.set_isolation_level(connection.dbapi_connection, dialect.default_isolation_level)
-            self._connection = connection
-            self._savepoints.begin()
-        except BaseException:
-            self._connection = None
-            connection.invalidate()
-            raise
-
-    def send(self, statement: str, *parameters: Any, rows: bool = False) -> Any:
-        """Send a statement, and return its rows."""
-        cursor = self.real.cursor()
-        try:
-            cursor.execute(statement, *parameters)
-            return cursor.fetchall() if rows else None
-        finally:
-            cursor.close()
-
     def _require(self) -> None:
-        if self.ended:
-            message = "it has ended"
-            raise SandboxError(message)
         if self.over:
             raise SandboxError(self.over)
-        if asyncio.get_running_loop() is not self.loop:
-            raise SandboxError(_OTHER_LOOP)
+        self.connection.require()
 
     def before(self, transaction: Logical, statement: str) -> None:
         """Record a statement that is about to be sent, or refuse it."""
@@ -162,13 +96,13 @@ class SandboxServer:
         if commits_implicitly(self.dialect, statement):
             raise SandboxError(_DDL.format(verb))
         if transaction.read_only and writes(statement, verb):
-            self._savepoints.refuse_write()
+            self.connection.savepoints.refuse_write()
         if verb not in _HOUSEKEEPING:
             self.box.statements.append(statement)
             if self.box._loses_connection(self.watches):
                 self.end(transaction, commit=False)
                 transaction.lost = True
-                raise connection_lost(self.engine)
+                raise connection_lost(self.connection.engine)
 
     def enter(self, transaction: Logical) -> None:
         """Begin a transaction, or go on with it once those inside it have ended."""
@@ -186,9 +120,9 @@ class SandboxServer:
     def _begin_savepoint(self, transaction: Logical) -> None:
         at = self._open.index(transaction)
         inside = any(outer.settings for outer in self._open[:at])
-        self._savepoints.open(f"sandbox_{at}", read_only=transaction.read_only, inside=inside)
+        self.connection.savepoints.open(f"sandbox_{at}", read_only=transaction.read_only, inside=inside)
         for statement, parameters in transaction.settings:
-            self.send(statement, *parameters)
+            self.connection.send(statement, *parameters)
 
     def _session_at_work(self) -> StatefulSession | None:
         """Return the session in the middle of an operation of the current task."""
@@ -212,15 +146,15 @@ class SandboxServer:
     def _wait(self) -> None:
         """Wait until a transaction has ended."""
         holder = self._open[-1]
-        ended: asyncio.Future[None] = self.loop.create_future()
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(ended)
         try:
             await_only(asyncio.wait_for(ended, self.timeout))
         except TimeoutError:
             message = (
-                f"{task_name(task_at_work())} has waited {self.timeout:g} seconds for {task_name(holder.task)} "
-                "to end its transaction, because both share the sandbox's one connection: end that one "
-                "sooner, or give sandbox() a longer timeout"
+                f"{task_name(task_at_work())} has waited {self.timeout:g} seconds for "
+                f"{task_name(holder.task)} to end its transaction, because both share one connection: end "
+                "that one sooner, or give sandbox() a longer timeout"
             )
             raise SandboxError(message) from None
         finally:
@@ -230,11 +164,11 @@ class SandboxServer:
 
     def check(self) -> None:
         """Raise the error that COMMIT would raise."""
-        self._savepoints.check()
+        self.connection.savepoints.check()
 
     def end(self, transaction: Logical, *, commit: bool) -> None:
         """End a transaction, if one has begun."""
-        if transaction not in self._open or self.ended:
+        if transaction not in self._open or self.connection.ended:
             return
         self._require()
         self._wait_for_inner(transaction)
@@ -248,14 +182,14 @@ class SandboxServer:
     def _commit(self, transaction: Logical) -> None:
         failure = self.box._commit_failure(self.watches) if transaction.wrote else None
         try:
-            if failure == "constraint" or failure == "conflict":
-                self._savepoints.fail(failure)
-            self._savepoints.check()
+            if failure in {"constraint", "conflict"}:
+                self.connection.savepoints.fail(failure)
+            self.connection.savepoints.check()
         except Exception as error:
             if has_given_up(error):  # PostgreSQL answers such a COMMIT by ROLLBACK, without an error
                 self._roll_back(transaction)
                 return
-            if not self._savepoints.stays_open:
+            if not self.connection.savepoints.stays_open:
                 self._roll_back(transaction)
             raise
         if failure == "lost":
@@ -264,7 +198,7 @@ class SandboxServer:
             self._release(transaction)
         if failure is not None:
             transaction.lost = True
-            raise connection_lost(self.engine)
+            raise connection_lost(self.connection.engine)
 
     def _release(self, transaction: Logical) -> None:
         self._finish(f"RELEASE SAVEPOINT sandbox_{self._open.index(transaction)}")
@@ -273,7 +207,7 @@ class SandboxServer:
             self._keep()
         elif self._open:
             for statement, parameters in self._open[-1].settings:  # check() has reset them
-                self.send(statement, *parameters)
+                self.connection.send(statement, *parameters)
         self._resume()
 
     def _keep(self) -> None:
@@ -289,7 +223,7 @@ class SandboxServer:
                 self._begin_savepoint(outer)
         elif self._open:
             for statement, parameters in self._open[-1].settings:
-                self.send(statement, *parameters)
+                self.connection.send(statement, *parameters)
 
     def _roll_back(self, transaction: Logical) -> None:
         name = f"sandbox_{self._open.index(transaction)}"
@@ -300,12 +234,12 @@ class SandboxServer:
 
     def _resume(self) -> None:
         if self._open:
-            self._savepoints.resume(read_only=self._open[-1].read_only)
+            self.connection.savepoints.resume(read_only=self._open[-1].read_only)
 
     def _finish(self, statement: str) -> None:
         try:
-            self.send(statement)
-        except Exception as error:
+            self.connection.send(statement)
+        except Exception as error:  # noqa: BLE001  # any error: the savepoint is gone
             self._lose(_BY_DATABASE, error)
 
     def _leave(self, transaction: Logical, *, committed: bool) -> None:
@@ -328,7 +262,7 @@ class SandboxServer:
 
     def lose(self, transaction: Logical) -> None:
         """End a transaction whose connection is discarded; the sandbox goes on if it can be rolled back."""
-        if transaction not in self._open or self.ended or self.over:
+        if transaction not in self._open or self.connection.ended or self.over:
             return
         try:
             if self._open[-1] is transaction:
@@ -347,11 +281,8 @@ class SandboxServer:
 
     async def close(self) -> None:
         """Roll everything back."""
-        self.ended = True
+        await self.connection.close(discard=bool(self.over))
         self._wake()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await greenlet_spawn(connection.invalidate if self.over else connection.close)
 
 
 def _sessions_around() -> Iterator[Session]:

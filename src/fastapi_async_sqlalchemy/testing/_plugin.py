@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import pytest
 
-from .. import db
+from ..middleware import db
 from . import SandboxedApp
 from . import sandbox as open_sandbox
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from starlette.testclient import TestClient
     from starlette.types import ASGIApp
 
-    from .. import SessionProxy
+    from .._proxy import SessionProxy
     from . import Sandbox
 
 __all__: list[str] = []
@@ -32,8 +32,8 @@ _NO_APP: Final = (
     "define a fixture `sandbox_app` that returns your application, for example in conftest.py: "
     "`@pytest.fixture` above `def sandbox_app(): return create_app(url)`"
 )
-_BY_ANYIO: Final = "_sandbox_by_anyio"
-_BY_ASYNCIO: Final = "_sandbox_by_asyncio_"
+_BY_ANYIO: Final = "sandbox by anyio"
+_BY_ASYNCIO: Final = "sandbox by asyncio, loop of: "
 _SCOPES: Final[tuple[Literal["function", "class", "module", "package", "session"], ...]] = (
     *("function", "class", "module", "package", "session"),
 )
@@ -66,12 +66,10 @@ def sandbox_client(
 def sandbox_of_test(request: pytest.FixtureRequest) -> Sandbox:
     """The sandbox around a test that is a coroutine function, in the event loop of that test."""
     if "anyio_backend" in request.fixturenames:
-        box: Sandbox = request.getfixturevalue(_BY_ANYIO)
-        return box
+        return cast("Sandbox", request.getfixturevalue(_BY_ANYIO))
     marker = request.node.get_closest_marker("asyncio")
     scope = (marker and marker.kwargs.get("loop_scope")) or _ini(request, "asyncio_default_test_loop_scope")
-    box = request.getfixturevalue(f"{_BY_ASYNCIO}{scope}")
-    return box
+    return cast("Sandbox", request.getfixturevalue(f"{_BY_ASYNCIO}{scope}"))
 
 
 def _ini(request: pytest.FixtureRequest, name: str) -> str:
@@ -84,13 +82,13 @@ def _ini(request: pytest.FixtureRequest, name: str) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Add a fixture of `sandbox` for each kind of event loop that a test may run in."""
     fixtures = ModuleType(f"{__name__}.loops")
-    setattr(fixtures, _BY_ANYIO, pytest.fixture(name=_BY_ANYIO)(_opening()))
+    vars(fixtures)["anyio"] = pytest.fixture(name=_BY_ANYIO)(_opening())
     if importlib.util.find_spec("pytest_asyncio") is not None:
         import pytest_asyncio  # noqa: PLC0415  # only if it is installed
 
         for scope in _SCOPES:
             name = f"{_BY_ASYNCIO}{scope}"
-            setattr(fixtures, name, pytest_asyncio.fixture(name=name, loop_scope=scope)(_opening()))
+            vars(fixtures)[scope] = pytest_asyncio.fixture(name=name, loop_scope=scope)(_opening())
     config.pluginmanager.register(fixtures)
 
 
