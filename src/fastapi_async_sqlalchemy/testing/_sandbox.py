@@ -54,14 +54,18 @@ def sandbox(
     go on to the end.
     """
     for one in databases:
-        if not isinstance(one, Handle | AsyncEngine):
-            msg = "databases"
-            wanted = "proxies such as `db`, or engines"
-            raise ConfigurationError(msg, wanted, one)
+        _require_database(one)
     if not databases:
         message = "sandbox() takes at least one database: give it `db`."
         raise ConfigurationError(message)
     return cast("AbstractAsyncContextManager[Sandbox, None]", _open(databases, positive("timeout", timeout)))
+
+
+def _require_database(value: object) -> None:
+    if not isinstance(value, Handle | AsyncEngine):
+        msg = "databases"
+        wanted = "proxies such as `db`, or engines"
+        raise ConfigurationError(msg, wanted, value)
 
 
 @asynccontextmanager
