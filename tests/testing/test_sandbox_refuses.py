@@ -1,11 +1,12 @@
 """What a sandbox cannot have it refuses, and what ends it before its time it says: a test must not lie."""
 
 import asyncio
+import gc
 from contextlib import nullcontext
 
 import pytest
 from sqlalchemy import insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from fastapi_async_sqlalchemy import ConfigurationError, SessionProxy, create_middleware_and_session_proxy
@@ -40,6 +41,60 @@ async def test_inner_commit_cannot_outlive_writes_that_are_undone(sandboxed: Sit
 
     with pytest.raises(SandboxError, match=OUTLIVES):
         await try_out()
+
+
+async def test_savepoint_around_a_commit_cannot_be_rolled_back(sandboxed: Site) -> None:
+    """A savepoint that was set before the inner COMMIT would undo it; one that is set after it would not."""
+
+    async def try_out() -> None:
+        async with sandbox(sandboxed.db), sandboxed.db() as outer:
+            await outer.session.scalars(select(Note))
+            async with outer.savepoint() as around:
+                await write(sandboxed.db, "inner")
+                async with outer.savepoint() as after:
+                    await outer.session.execute(insert(Note).values(text="undone"))
+                    await after.rollback()
+                assert len(list(await outer.session.scalars(select(Note)))) == 2
+                await around.rollback()
+
+    with pytest.raises(SandboxError, match=OUTLIVES):
+        await try_out()
+
+
+async def test_commit_that_fails_around_a_commit(sandboxed: Site) -> None:
+    """A COMMIT that is refused would undo the inner one, too."""
+
+    async def try_out() -> None:
+        async with sandbox(sandboxed.db) as box:
+            with pytest.raises((SandboxError, IntegrityError)):
+                async with sandboxed.db(commit_on_exit=True) as outer:
+                    outer.session.add(Note(text="outer"))
+                    await outer.session.flush()
+                    await write(sandboxed.db, "inner")
+                    box.fail_commit()
+
+    with pytest.raises(SandboxError, match=OUTLIVES):
+        await try_out()
+
+
+@pytest.mark.filterwarnings("ignore:.*garbage collector is trying to clean up:sqlalchemy.exc.SAWarning")
+@pytest.mark.filterwarnings("ignore:.*was garbage-collected with its transaction open:ResourceWarning")
+async def test_forgotten_connection_ends_the_sandbox(undoing_ddl_url: str, judge_for: JudgeFor) -> None:
+    """A connection that nobody closes cannot be rolled back from the garbage collector."""
+    async with open_worker(undoing_ddl_url, judge_for) as worker:
+
+        async def forget() -> None:
+            connection = await worker.engine.connect()
+            await connection.execute(insert(Note).values(text="forgotten"))
+
+        async def try_out() -> None:
+            async with sandbox(worker.db):
+                await forget()
+                gc.collect()
+
+        with pytest.raises(SandboxError, match="was discarded"):
+            await try_out()
+        assert await notes(worker.db) == []
 
 
 async def test_outer_unit_cannot_go_on_inside_an_inner_one(sandboxed: Site, box: Sandbox) -> None:

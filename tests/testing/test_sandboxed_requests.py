@@ -151,7 +151,9 @@ def test_wrapper_counts_and_refuses(sqlite_url: str) -> None:
         TestClient(wrapped).get("/notes")
     with TestClient(wrapped) as client:
         client.post("/notes/first")
-        assert wrapped.box.commits == 2
+    assert wrapped.box.commits == 2
+    with pytest.raises(SandboxError, match="or it has ended"):
+        client.get("/notes")
 
 
 async def test_application_may_use_one_loop_only(undoing_ddl_url: str) -> None:

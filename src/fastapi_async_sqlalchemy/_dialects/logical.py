@@ -68,8 +68,8 @@ class Logical:
     session: ref[Session] | None = None
     """The session that began it, if one did."""
     wrote: bool = False
-    savepoints: bool = False
-    """The application has set savepoints in the transaction."""
+    savepoints: dict[str, bool] = Factory(dict[str, bool])
+    """The application's open savepoints, and whether another transaction was committed inside each."""
     holds: bool = False
     """Another transaction was committed inside it, after it had written."""
     settings: list[tuple[str, tuple[Any, ...]]] = Factory(list["tuple[str, tuple[Any, ...]]"])
@@ -78,8 +78,28 @@ class Logical:
     def begun(self, task: asyncio.Task[Any] | None, session: ref[Session] | None) -> None:
         """Start anew for the next transaction."""
         self.task, self.session = task, session
-        self.wrote = self.savepoints = self.holds = False
-        self.settings = []
+        self.wrote = self.holds = False
+        self.savepoints, self.settings = {}, []
+
+    def hold(self) -> None:
+        """Record that another transaction was committed inside this one, which must not undo it."""
+        self.holds = self.wrote or bool(self.savepoints)
+        self.savepoints = dict.fromkeys(self.savepoints, True)
+
+    def follow_savepoint(self, statement: str, verb: str) -> bool:
+        """Follow a savepoint of the application; return whether a rollback to it would undo a COMMIT."""
+        name = statement.rsplit(maxsplit=1)[-1]
+        if verb == "SAVEPOINT":
+            self.savepoints.pop(name, None)
+            self.savepoints[name] = False
+        elif name in self.savepoints:
+            names = list(self.savepoints)
+            inside = names[names.index(name) :]
+            if verb == "ROLLBACK":
+                return any(self.savepoints[one] for one in inside)
+            for one in inside:
+                del self.savepoints[one]
+        return False
 
     def run(self, send: Callable[..., Any], statement: str, *parameters: Any) -> Any:
         """Do what a statement means inside a sandbox."""
@@ -103,7 +123,6 @@ class Logical:
         server, verb = self.server, verb_of(statement)
         server.before(self, statement)
         self.wrote = self.wrote or writes(statement, verb)
-        self.savepoints = self.savepoints or verb == "SAVEPOINT"
         try:
             result = send(statement, *parameters)
         except Exception:

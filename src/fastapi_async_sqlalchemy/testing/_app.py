@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..exceptions import SandboxError
 from ._sandbox import sandbox
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
     from .._proxy import SessionProxy
     from ._record import Sandbox
+
+_NOT_STARTED: Final = (
+    "the application has not been started, or it has ended: write `with TestClient(...) as client:`, which "
+    "runs its lifespan"
+)
 
 
 class SandboxedApp:
@@ -28,24 +33,26 @@ class SandboxedApp:
         self._databases = databases
         self._timeout = timeout
         self._box: Sandbox | None = None
+        self._running = False
         sandbox(*databases, timeout=timeout)  # refuses wrong arguments now
 
     @property
     def box(self) -> Sandbox:
         """The sandbox; raises ``SandboxError`` before the application's startup."""
         if self._box is None:
-            message = (
-                "the application has not been started: write `with TestClient(...) as client:`, which runs "
-                "its lifespan"
-            )
-            raise SandboxError(message)
+            raise SandboxError(_NOT_STARTED)
         return self._box
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
         if scope["type"] != "lifespan":
-            _ = self.box  # raises before the startup
+            if not self._running:
+                raise SandboxError(_NOT_STARTED)
             await self._app(scope, receive, send)
             return
         async with sandbox(*self._databases, timeout=self._timeout) as self._box:
-            await self._app(scope, receive, send)
+            self._running = True
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._running = False

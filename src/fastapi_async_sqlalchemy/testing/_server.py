@@ -51,7 +51,8 @@ _DDL: Final = (
     "MariaDB would commit the whole sandbox by {}: change the schema before the sandbox is opened, in a "
     "fixture of the session"
 )
-_HOUSEKEEPING: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK", "SET", "PRAGMA", "SHOW", "DO"})
+_SAVEPOINTS: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK"})
+_NOT_COUNTED: Final = _SAVEPOINTS | {"SET", "PRAGMA", "SHOW"}
 
 
 @define(eq=False, repr=False)
@@ -95,9 +96,11 @@ class SandboxServer:
         verb = verb_of(statement)
         if commits_implicitly(self.dialect, statement):
             raise SandboxError(_DDL.format(verb))
+        if verb in _SAVEPOINTS and transaction.follow_savepoint(statement, verb):
+            self._lose(_OUTLIVES)
         if transaction.read_only and writes(statement, verb):
             self.connection.savepoints.refuse_write()
-        if verb not in _HOUSEKEEPING:
+        if verb not in _NOT_COUNTED:
             self.box.statements.append(statement)
             if self.box._loses_connection(self.watches):
                 self.end(transaction, commit=False)
@@ -175,8 +178,6 @@ class SandboxServer:
         if commit:
             self._commit(transaction)
             return
-        if transaction.holds:
-            self._lose(_OUTLIVES)
         self._roll_back(transaction)
 
     def _commit(self, transaction: Logical) -> None:
@@ -216,7 +217,7 @@ class SandboxServer:
         while moved and not (self._open[moved - 1].wrote or self._open[moved - 1].savepoints):
             moved -= 1
         for outer in self._open[:moved]:
-            outer.holds = outer.holds or outer.wrote or outer.savepoints
+            outer.hold()
         if moved < len(self._open):
             self._finish(f"RELEASE SAVEPOINT sandbox_{moved}")
             for outer in self._open[moved:]:
@@ -226,6 +227,8 @@ class SandboxServer:
                 self.connection.send(statement, *parameters)
 
     def _roll_back(self, transaction: Logical) -> None:
+        if transaction.holds:
+            self._lose(_OUTLIVES)
         name = f"sandbox_{self._open.index(transaction)}"
         self._finish(f"ROLLBACK TO SAVEPOINT {name}")
         self._finish(f"RELEASE SAVEPOINT {name}")
@@ -266,7 +269,7 @@ class SandboxServer:
             return
         try:
             if self._open[-1] is transaction:
-                await_only(to_completion(self._undo(transaction)))
+                await_only(self._undo(transaction))
         except Exception:  # noqa: BLE001, S110  # any error: the connection does not answer
             pass
         finally:
@@ -276,8 +279,11 @@ class SandboxServer:
                     self._lose(_DISCARDED)
 
     async def _undo(self, transaction: Logical) -> None:
-        async with asyncio.timeout(self.timeout):
-            await greenlet_spawn(self._roll_back, transaction)
+        async def in_time() -> None:
+            async with asyncio.timeout(self.timeout):
+                await greenlet_spawn(self._roll_back, transaction)
+
+        await to_completion(in_time())
 
     async def close(self) -> None:
         """Roll everything back."""
