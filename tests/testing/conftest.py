@@ -1,6 +1,8 @@
 """Fixtures of the tests of the sandbox: a process without an application, by each driver."""
 
 from collections.abc import AsyncIterator
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -8,6 +10,19 @@ from fastapi_async_sqlalchemy.testing import Sandbox, sandbox
 from tests.support.databases import JudgeFor
 from tests.support.site import Site
 from tests.support.worker import open_worker
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
+
+
+@pytest.fixture
+def test_client() -> "type[TestClient]":
+    """The class TestClient; an old Starlette's needs the httpx of its time."""
+    try:
+        kind: type[TestClient] = import_module("fastapi.testclient").TestClient
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    return kind
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from tests.support.databases import JudgeFor
+from tests.support.databases import Judge
 from tests.support.tables import engine_with_tables
 
 CONFTEST = """
@@ -77,25 +77,30 @@ def run(folder: Path, url: str, test: str, *options: str, conftest: str = CONFTE
     return ended.stdout + ended.stderr
 
 
-@pytest.fixture(params=["postgresql", "psycopg", "mariadb", "sqlite"])
-def url_with_tables(request: pytest.FixtureRequest) -> str:
-    """A database with tables, by each driver in turn."""
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    asyncio.run(_make_tables(url))
-    return url
-
-
 async def _make_tables(url: str) -> None:
     async with engine_with_tables(url):
         pass
 
 
-def test_client_in_a_sandbox(url_with_tables: str, tmp_path: Path) -> None:
-    """`sandbox_client` calls the application in its own loop; two tests find the same empty world."""
-    printed = run(tmp_path, url_with_tables, BY_CLIENT)
+async def _notes(url: str) -> list[tuple[object, ...]]:
+    async with Judge(url) as judge:
+        return await judge.rows("SELECT text FROM note")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("test_client")
+def test_client_in_a_sandbox(database_url: str, tmp_path: Path) -> None:
+    """`sandbox_client` calls the application in its own loop; each test finds the same empty world."""
+    asyncio.run(_make_tables(database_url))
+    printed = run(tmp_path, database_url, BY_CLIENT)
     assert "2 passed" in printed, printed
+    assert asyncio.run(_notes(database_url)) == []
 
 
+ANYIO = "[pytest.mark.anyio, pytest.mark.parametrize('anyio_backend', ['asyncio'])]"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mark", "options"),
     [
@@ -103,30 +108,17 @@ def test_client_in_a_sandbox(url_with_tables: str, tmp_path: Path) -> None:
         ("[]", ["-p", "no:anyio", "--asyncio-mode=auto"]),
         ("pytest.mark.asyncio(loop_scope='session')", ["-p", "no:anyio"]),
         ("[]", ["-p", "no:anyio", "--asyncio-mode=auto", "-o", "asyncio_default_test_loop_scope=module"]),
-        ("pytest.mark.anyio", ["-p", "no:asyncio"]),
-        ("[pytest.mark.anyio, pytest.mark.parametrize('anyio_backend', ['asyncio'])]", []),
+        (ANYIO, ["-p", "no:asyncio"]),
+        (ANYIO, []),
     ],
 )
-@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
 def test_sandbox_around_a_coroutine(
-    kind: str, mark: str, options: list[str], request: pytest.FixtureRequest, tmp_path: Path
+    mark: str, options: list[str], postgresql_url: str, tmp_path: Path
 ) -> None:
     """`sandbox` opens in the event loop of the test, whichever plugin runs it."""
-    url: str = request.getfixturevalue(f"{kind}_url")
-    asyncio.run(_make_tables(url))
-    if "-p no:asyncio" in " ".join(options):
-        mark = f"[{mark}, pytest.mark.parametrize('anyio_backend', ['asyncio'])]"
-    printed = run(tmp_path, url, BY_COROUTINE.replace("MARK", mark), *options)
-    assert "2 passed" in printed
-
-
-async def test_nothing_stays(postgresql_url: str, tmp_path: Path, judge_for: JudgeFor) -> None:
-    """What the tests have committed is not in the database afterwards."""
-    async with engine_with_tables(postgresql_url):
-        printed = await asyncio.to_thread(run, tmp_path, postgresql_url, BY_CLIENT)
-        assert "2 passed" in printed
-    judge = await judge_for(postgresql_url)
-    assert await judge.rows("SELECT * FROM note") == []
+    asyncio.run(_make_tables(postgresql_url))
+    printed = run(tmp_path, postgresql_url, BY_COROUTINE.replace("MARK", mark), *options)
+    assert "2 passed" in printed, printed
 
 
 def test_missing_application_is_told(tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ async def test_commit_that_fails_around_a_commit(sandboxed: Site) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*garbage collector is trying to clean up:sqlalchemy.exc.SAWarning")
 @pytest.mark.filterwarnings("ignore:.*was garbage-collected with its transaction open:ResourceWarning")
-async def test_forgotten_connection_ends_the_sandbox(undoing_ddl_url: str, judge_for: JudgeFor) -> None:
+async def test_forgotten_connection_ends_the_sandbox(postgresql_url: str, judge_for: JudgeFor) -> None:
     """A connection that nobody closes cannot be rolled back from the garbage collector."""
-    async with open_worker(undoing_ddl_url, judge_for) as worker:
+    async with open_worker(postgresql_url, judge_for) as worker:
 
         async def forget() -> None:
             connection = await worker.engine.connect()

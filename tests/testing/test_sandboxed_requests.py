@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 from fastapi import BackgroundTasks, FastAPI, HTTPException, WebSocket
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.testclient import TestClient
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -20,6 +20,9 @@ from tests.support.databases import JudgeFor
 from tests.support.requests import AROUND
 from tests.support.site import MakeSite
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 
 async def conflict(_: Request, error: Exception) -> JSONResponse:
@@ -114,7 +117,7 @@ async def test_concurrent_requests_take_turns(
     assert await site.notes() == []
 
 
-def test_test_client_sees_the_undone_world(driver_url: str) -> None:
+def test_test_client_sees_the_undone_world(driver_url: str, test_client: "type[TestClient]") -> None:
     """`TestClient` runs the application in a loop of its own, where the wrapper opens the sandbox."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
@@ -122,7 +125,7 @@ def test_test_client_sees_the_undone_world(driver_url: str) -> None:
     add_routes(app, db)
     asyncio.run(_make_tables(driver_url))
     for _ in range(2):
-        with TestClient(SandboxedApp(app, db)) as client:
+        with test_client(SandboxedApp(app, db)) as client:
             assert client.get("/notes").json() == []
             assert client.post("/notes/first").json() == 2
             with client.websocket_connect("/socket") as socket:
@@ -130,7 +133,7 @@ def test_test_client_sees_the_undone_world(driver_url: str) -> None:
                 assert socket.receive_text() == "written"
             assert client.post("/refused/other").status_code == 403
             assert client.get("/stream").text.count("\n") == 4
-    with TestClient(app) as client:
+    with test_client(app) as client:
         assert client.get("/notes").json() == []
 
 
@@ -139,7 +142,7 @@ async def _make_tables(url: str) -> None:
         pass
 
 
-def test_wrapper_counts_and_refuses(sqlite_url: str) -> None:
+def test_wrapper_counts_and_refuses(sqlite_url: str, test_client: "type[TestClient]") -> None:
     """The wrapper's sandbox is at hand once the application has started, and it says so before."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
@@ -148,26 +151,30 @@ def test_wrapper_counts_and_refuses(sqlite_url: str) -> None:
     asyncio.run(_make_tables(sqlite_url))
     wrapped = SandboxedApp(app, db)
     with pytest.raises(SandboxError, match=r"write `with TestClient\(\.\.\.\) as client:`"):
-        TestClient(wrapped).get("/notes")
-    with TestClient(wrapped) as client:
+        test_client(wrapped).get("/notes")
+    with test_client(wrapped) as client:
         client.post("/notes/first")
     assert wrapped.box.commits == 2
     with pytest.raises(SandboxError, match="or it has ended"):
         client.get("/notes")
 
 
-async def test_application_may_use_one_loop_only(undoing_ddl_url: str) -> None:
+async def test_application_may_use_one_loop_only(
+    undoing_ddl_url: str, test_client: "type[TestClient]"
+) -> None:
     """An application in another loop than the sandbox's is told of the wrapper."""
     async with deployed(undoing_ddl_url) as (app, db), sandbox(db):
 
         def call() -> None:
-            with TestClient(app) as client, pytest.raises(SandboxError, match=r"SandboxedApp\(app, db\)"):
+            with test_client(app) as client, pytest.raises(SandboxError, match=r"SandboxedApp\(app, db\)"):
                 client.get("/notes")
 
         await asyncio.to_thread(call)
 
 
-def test_deferred_constraint_is_the_applications_409(postgresql_driver_url: str) -> None:
+def test_deferred_constraint_is_the_applications_409(
+    postgresql_driver_url: str, test_client: "type[TestClient]"
+) -> None:
     """A constraint that fails at COMMIT is answered as deployed, in the sandbox and without it."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
@@ -176,7 +183,7 @@ def test_deferred_constraint_is_the_applications_409(postgresql_driver_url: str)
     asyncio.run(_make_tables(postgresql_driver_url))
     answers: list[object] = []
     for served in (SandboxedApp(app, db), app):
-        with TestClient(served) as client:
+        with test_client(served) as client:
             answer = client.post("/orphan")
             answers.append((answer.status_code, answer.json()))
     assert answers == [(409, {"detail": "IntegrityError"})] * 2

@@ -6,7 +6,7 @@ pytest finds them by itself. A fixture of the same name in a `conftest.py` repla
 
 from __future__ import annotations
 
-import importlib.util
+from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal, cast
 
@@ -83,12 +83,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Add a fixture of `sandbox` for each kind of event loop that a test may run in."""
     fixtures = ModuleType(f"{__name__}.loops")
     vars(fixtures)["anyio"] = pytest.fixture(name=_BY_ANYIO)(_opening())
-    if importlib.util.find_spec("pytest_asyncio") is not None:
+    if config.pluginmanager.hasplugin("asyncio"):
         import pytest_asyncio  # noqa: PLC0415  # only if it is installed
 
-        for scope in _SCOPES:
-            name = f"{_BY_ASYNCIO}{scope}"
-            vars(fixtures)[scope] = pytest_asyncio.fixture(name=name, loop_scope=scope)(_opening())
+        with suppress(
+            TypeError
+        ):  # before 0.24 it had no `loop_scope`: then pytest says that there is no fixture
+            for scope in _SCOPES:
+                name = f"{_BY_ASYNCIO}{scope}"
+                vars(fixtures)[scope] = pytest_asyncio.fixture(name=name, loop_scope=scope)(_opening())
     config.pluginmanager.register(fixtures)
 
 
