@@ -40,11 +40,11 @@ BY_CLIENT = """
 import pytest
 
 @pytest.mark.parametrize("number", range(2))
-def test_note(sandbox_client, number):
+def test_note(sandbox_client, client_sandbox, number):
     assert sandbox_client.get("/notes").json() == []
     assert sandbox_client.post("/notes/one").status_code == 200
     assert sandbox_client.get("/notes").json() == ["one"]
-    assert sandbox_client.app.box.commits == 1
+    assert client_sandbox.commits == 1
 """
 BY_COROUTINE = """
 import os
@@ -121,13 +121,67 @@ def test_sandbox_around_a_coroutine(
     assert "2 passed" in printed, printed
 
 
-def test_missing_application_is_told(tmp_path: Path) -> None:
-    """Without `sandbox_app` the client's fixture says how to define it."""
-    printed = run(tmp_path, "sqlite+aiosqlite://", BY_CLIENT, conftest="")
-    assert "define a fixture `sandbox_app` that returns your application" in printed
+BY_WORKERS = """
+import os
+import pytest
+from conftest import create_app
+
+@pytest.fixture(scope="session")
+def sandbox_template():
+    return os.environ["URL"]
+
+@pytest.fixture
+def sandbox_app(sandbox_url):
+    assert sandbox_url.count(os.environ["PYTEST_XDIST_WORKER"]) == 1
+    os.environ["URL"], before = sandbox_url, os.environ["URL"]
+    yield create_app()
+    os.environ["URL"] = before
+
+@pytest.mark.parametrize("number", range(4))
+def test_note(sandbox_client, number):
+    assert sandbox_client.post("/notes/one").status_code == 200
+    assert sandbox_client.get("/notes").json() == ["one"]
+"""
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("test_client")
+def test_workers_have_a_database_each(undoing_ddl_url: str, tmp_path: Path) -> None:
+    """Each process of pytest-xdist gets a copy, which is gone in the end."""
+    asyncio.run(_make_tables(undoing_ddl_url))
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    printed = run(folder, undoing_ddl_url, BY_WORKERS, "-p", "xdist", "-n", "2")
+    assert "4 passed" in printed, printed
+    if undoing_ddl_url.startswith("sqlite"):
+        assert [path.name for path in tmp_path.iterdir() if "gw" in path.name] == []
+    else:
+        assert asyncio.run(_copies(undoing_ddl_url)) == []
+    assert asyncio.run(_notes(undoing_ddl_url)) == []
+
+
+async def _copies(url: str) -> list[tuple[object, ...]]:
+    async with Judge(url) as judge:
+        return await judge.rows("SELECT datname FROM pg_database WHERE datname LIKE '%gw_'")
+
+
+UNASKED = """
+def test_names(request):
+    assert [name for name in request.fixturenames if "sandbox" in name] == []
+
+def test_client(sandbox_client):
+    pass
+
+def test_url(sandbox_url):
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("test_client")
 def test_nothing_is_used_unasked(tmp_path: Path) -> None:
-    """A test that asks for no fixture of the plugin gets none."""
-    test = "def test_names(request):\n    assert [n for n in request.fixturenames if 'sandbox' in n] == []\n"
-    assert "1 passed" in run(tmp_path, "sqlite+aiosqlite://", test)
+    """A test that asks for no fixture gets none; what the user has to define is told."""
+    printed = run(tmp_path, "sqlite+aiosqlite://", UNASKED, conftest="")
+    assert "define a fixture `sandbox_app` that returns your application" in printed
+    assert "define a fixture `sandbox_template` of the session's scope" in printed
+    assert "1 passed, 2 errors" in printed, printed

@@ -6,12 +6,15 @@ pytest finds them by itself. A fixture of the same name in a `conftest.py` repla
 
 from __future__ import annotations
 
+import asyncio
+import os
 from contextlib import suppress
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal, cast
 
 import pytest
 
+from .._dialects.copies import copied
 from ..middleware import db
 from . import SandboxedApp
 from . import sandbox as open_sandbox
@@ -31,6 +34,10 @@ __all__: list[str] = []
 _NO_APP: Final = (
     "define a fixture `sandbox_app` that returns your application, for example in conftest.py: "
     "`@pytest.fixture` above `def sandbox_app(): return create_app(url)`"
+)
+_NO_TEMPLATE: Final = (
+    "define a fixture `sandbox_template` of the session's scope that returns the URL of a database with its "
+    "tables: each process of pytest-xdist gets a copy of it as `sandbox_url`"
 )
 _BY_ANYIO: Final = "sandbox by anyio"
 _BY_ASYNCIO: Final = "sandbox by asyncio, loop of: "
@@ -55,11 +62,36 @@ def sandbox_app() -> ASGIApp:
 def sandbox_client(
     sandbox_app: ASGIApp, sandbox_databases: tuple[SessionProxy[AsyncSession] | AsyncEngine, ...]
 ) -> Iterator[TestClient]:
-    """Starlette's TestClient of the application, from its startup on inside a sandbox; `client.app.box`."""
+    """Starlette's TestClient of the application, from its startup on inside a sandbox."""
     from starlette.testclient import TestClient  # noqa: PLC0415  # it needs an HTTP client
 
     with TestClient(SandboxedApp(sandbox_app, *sandbox_databases)) as client:
         yield client
+
+
+@pytest.fixture
+def client_sandbox(sandbox_client: TestClient) -> Sandbox:
+    """The sandbox of `sandbox_client`."""
+    return cast("SandboxedApp", sandbox_client.app).box
+
+
+@pytest.fixture(scope="session")
+def sandbox_template() -> str:
+    """The URL of a database with its tables, which each process of pytest-xdist copies; the user's own."""
+    pytest.fail(_NO_TEMPLATE, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def sandbox_url(sandbox_template: str) -> Iterator[str]:
+    """The URL of this process's database: `sandbox_template`, or a copy of it in a worker of pytest-xdist."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        yield sandbox_template
+        return
+    with asyncio.Runner() as runner:
+        copy = copied(sandbox_template, worker)
+        yield runner.run(copy.__aenter__())
+        runner.run(copy.__aexit__(None, None, None))
 
 
 @pytest.fixture(name="sandbox")
@@ -86,9 +118,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("asyncio"):
         import pytest_asyncio  # noqa: PLC0415  # only if it is installed
 
-        with suppress(
-            TypeError
-        ):  # before 0.24 it had no `loop_scope`: then pytest says that there is no fixture
+        with suppress(TypeError):  # before 0.24 it had no `loop_scope`: then the fixture is missing
             for scope in _SCOPES:
                 name = f"{_BY_ASYNCIO}{scope}"
                 vars(fixtures)[scope] = pytest_asyncio.fixture(name=name, loop_scope=scope)(_opening())
