@@ -16,7 +16,7 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 from typing_extensions import TypeVar
 
 from fastapi_async_sqlalchemy import (
@@ -57,6 +57,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
+from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, SandboxedApp, SandboxError, sandbox
 
 S = TypeVar("S", bound=AsyncSession)
 T = TypeVar("T")
@@ -681,3 +682,35 @@ def errors() -> None:
     except (PartialCommitError, InDoubtError) as error:
         assert_type(error, PartialCommitError | InDoubtError)
         assert_type(error.committed, tuple[str, ...])
+
+
+async def tested(app: ASGIApp, failure: CommitFailure) -> None:
+    assert_type(failure, CommitFailure)
+    async with sandbox(db, orders, db.engine, timeout=1) as box:
+        assert_type(box, Sandbox)
+        assert_type(box.statements, list[str])
+        assert_type(box.commits, int)
+        assert_type(box.rollbacks, int)
+        assert_type(box.assert_statements(at_most=3), None)
+        assert_type(box.fail_commit(), None)
+        assert_type(box.fail_commit(failure, on=orders), None)
+        assert_type(box.lose_connection(on=db), None)
+    assert_type(sandbox(db), AbstractAsyncContextManager[Sandbox, None])
+    served = SandboxedApp(app, db, orders, timeout=1)
+    assert_type(served, SandboxedApp)
+    assert_type(served.box, Sandbox)
+    as_app: ASGIApp = served
+    try:
+        await as_app({}, _receive, _send)
+    except SandboxError as error:
+        assert_type(error, SandboxError)
+        runtime: RuntimeError = error
+        raise runtime from None
+
+
+async def _receive() -> Message:
+    return {}
+
+
+async def _send(message: Message) -> None:
+    message.clear()

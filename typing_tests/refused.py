@@ -27,7 +27,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 from sqlmodel import select as sqlmodel_select
 from starlette.middleware import Middleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
     Begin,
@@ -65,6 +65,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
+from fastapi_async_sqlalchemy.testing import Sandbox, SandboxedApp, SandboxError, sandbox
 
 sync_engine: Engine = create_engine("sqlite://")
 
@@ -524,3 +525,28 @@ SessionArgs(join_transaction_mode="savepoint")  # type: ignore[typeddict-item]  
 SessionArgs(query_cls=5)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(sync_session_class=OrderSession)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(twophase="yes")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+
+
+# The sandbox of tests.
+
+
+async def tested(app: ASGIApp, box: Sandbox, sandboxed: SandboxedApp, receive: Receive, send: Send) -> None:
+    sandbox("db")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sandbox(sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sandbox(db, timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with sandbox(db):  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+    Sandbox(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Sandbox()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    box.commits = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    box.assert_statements(at_most="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.assert_statements(3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    box.fail_commit(failure="boom")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.fail_commit(on=sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.lose_connection(on="db")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxedApp(app=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxedApp(app, db, timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope=5, receive=receive, send=send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope={}, receive=5, send=send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope={}, receive=receive, send=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxError(reason=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -25,6 +25,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "ReplicaLagError",
+    "SandboxError",
     "SessionNotInitialisedError",
     "TransactionBegunError",
     "UnexpectedRollbackError",
@@ -267,3 +268,10 @@ class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         self.transaction: str = transaction
         self.committed: tuple[str, ...] = tuple(committed)
         self.in_doubt: tuple[str, ...] = tuple(in_doubt)
+
+
+class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """A test sandbox cannot do what production would do, and does not pretend to."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The sandbox refuses to go on: {reason}.")

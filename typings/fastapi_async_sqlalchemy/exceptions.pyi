@@ -17,6 +17,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "ReplicaLagError",
+    "SandboxError",
     "SessionNotInitialisedError",
     "TransactionBegunError",
     "UnexpectedRollbackError",
@@ -77,3 +78,6 @@ class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     committed: tuple[str, ...]
     in_doubt: tuple[str, ...]
     def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None: ...
+
+class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, reason: str) -> None: ...

@@ -20,6 +20,8 @@ from .turns import refuse_to_lose_rows
 from .watched import watched_class
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
     from sqlalchemy.engine.interfaces import DBAPICursor
     from sqlalchemy.orm import Session
@@ -34,6 +36,8 @@ class Watch(Shared):
     classes: dict[type[Session], type[WatchedSession]] = Factory(
         dict["type[Session]", "type[WatchedSession]"]
     )
+    taken_in: Callable[[Engine], None] | None = None
+    """The function by which an open test sandbox takes in each further engine."""
 
     def session_class(self, base: type[Session]) -> type[WatchedSession]:
         """Return the watched subclass of a ``sync_session_class``."""
@@ -46,6 +50,8 @@ class Watch(Shared):
         if engine in self.loops.engines:
             return
         self.loops.follow(engine)
+        if self.taken_in is not None:
+            self.taken_in(engine)
         dialect = engine.dialect  # engines derived from one another share it
         event.listen(dialect, "do_execute", self._do_execute)
         event.listen(dialect, "do_executemany", self._do_execute)
