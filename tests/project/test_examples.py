@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import pytest
 from httpx2 import AsyncClient, HTTPError
 from sqlalchemy import AsyncAdaptedQueuePool
 
@@ -106,6 +107,7 @@ async def test_refused_transfers_leave_nothing(postgresql_url: str, judge_for: J
         assert await transfer(client, "alice", "bob", 30) is not None
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
 async def test_sandboxed_bank_is_the_deployed_one(postgresql_url: str, judge_for: JudgeFor) -> None:
     """In a sandbox COMMIT is refused as above, a transfer moves the money, and not even a table stays."""
     sandboxed = SandboxedApp(create_app(postgresql_url), db)

@@ -143,12 +143,15 @@ async def test_replica_reads_what_its_primary_has_committed(
 ) -> None:
     """A replica's proxy at the primary's URL waits for a position, and reads the writes before it."""
     _, replica = create_middleware_and_session_proxy(AsyncSession, read_only=True)
-    async with open_worker(postgresql_driver_url, judge_for) as primary, sandbox(primary.db, replica):
-        async with replica.connect(postgresql_driver_url):
-            await write(primary.db, "by the primary")
-            position = await primary.db.commit_position()
-            async with replica(wait_for=position) as unit:
-                assert list(await unit.session.scalars(select(Note.text))) == ["by the primary"]
+    async with (
+        open_worker(postgresql_driver_url, judge_for) as primary,
+        sandbox(primary.db, replica),
+        replica.connect(postgresql_driver_url),
+    ):
+        await write(primary.db, "by the primary")
+        position = await primary.db.commit_position()
+        async with replica(wait_for=position) as unit:
+            assert list(await unit.session.scalars(select(Note.text))) == ["by the primary"]
 
 
 async def test_engine_is_its_own_again(database_url: str, judge_for: JudgeFor) -> None:
