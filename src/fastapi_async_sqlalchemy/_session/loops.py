@@ -33,12 +33,15 @@ class Loops:
 
     current: asyncio.AbstractEventLoop | None = None
     engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    _follows: bool = False
+    """A child process of this one is noticed."""
     _inherited: list[Pool] = Factory(list["Pool"])
     """A parent process's pools; kept, because some drivers close connections when collected."""
 
     def follow(self, engine: Engine) -> None:
         """Watch an engine for a change of event loop, a fork of its process, and connections that died."""
-        if not self.engines and hasattr(os, "register_at_fork"):
+        if not self._follows and hasattr(os, "register_at_fork"):
+            self._follows = True
             os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
         if _process.forked is not None:  # the parent may have used it before anybody watched it
             _process.inherited += leave_to_parent(engine, _process.forked)

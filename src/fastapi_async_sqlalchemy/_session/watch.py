@@ -7,6 +7,7 @@ path.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from attrs import Factory, define
 from sqlalchemy import event
@@ -36,6 +37,8 @@ class Watch(Shared):
     classes: dict[type[Session], type[WatchedSession]] = Factory(
         dict["type[Session]", "type[WatchedSession]"]
     )
+    readers: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    """The engines whose plain reads may be sent without a transaction."""
     taken_in: Callable[[Engine], None] | None = None
     """The function by which an open test sandbox takes in each further engine."""
 
@@ -52,14 +55,32 @@ class Watch(Shared):
         self.loops.follow(engine)
         if self.taken_in is not None:
             self.taken_in(engine)
-        dialect = engine.dialect  # engines derived from one another share it
-        event.listen(dialect, "do_execute", self._do_execute)
-        event.listen(dialect, "do_executemany", self._do_execute)
-        event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
-        event.listen(dialect, "handle_error", self._handle_error)
+        for name, listener in self._listeners(engine):
+            event.listen(engine.dialect, name, listener)  # engines derived from one another share it
+
+    def leave(self) -> None:
+        """Stop listening, until a session comes to an engine again."""
+        for engine in list(self.loops.engines):
+            for name, listener in self._listeners(engine):
+                if event.contains(engine.dialect, name, listener):
+                    event.remove(engine.dialect, name, listener)
+        self.loops.engines.clear()
+        self.engine = None
+
+    def _listeners(self, engine: Engine) -> list[tuple[str, Callable[..., bool | None]]]:
+        listeners: list[tuple[str, Callable[..., bool | None]]] = [
+            ("do_execute", self._do_execute),
+            ("do_executemany", self._do_execute),
+            ("do_execute_no_params", self._do_execute_no_params),
+            ("handle_error", self._handle_error),
+        ]
+        if engine in self.readers:
+            listeners.append(("do_execute", self._send_alone))
+        return listeners
 
     def read_alone(self, engine: Engine) -> None:
         """Send plain reads of sessions that allow it without a transaction; a second call has no effect."""
+        self.readers.add(engine)
         event.listen(engine.dialect, "do_execute", self._send_alone)
 
     def _send_alone(
