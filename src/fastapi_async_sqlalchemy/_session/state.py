@@ -271,11 +271,11 @@ def held_by_owner(session: StatefulSession) -> bool:
     return (bool(state.streams) and state.streaming()) or (state.holder is not None and state.busy())
 
 
-def note_statement(session: StatefulSession, statement: str) -> None:
+def note_statement(session: StatefulSession, statement: str, connection: Connection) -> None:
     """Record a statement that is about to be sent, unless it only reads."""
     verb = verb_of(statement)
     if verb not in READS:
-        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb)
+        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb, connection)
 
 
 def task_at_work() -> asyncio.Task[Any] | None:

@@ -14,7 +14,7 @@ from sqlalchemy import event
 
 from .._dialects.errors import begin_in_time, is_transaction_lost
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
-from .outcome import check_again
+from .outcome import check_again, note_committed
 from .state import Shared, note_statement, task_at_work
 from .streams import watch_connection_stream
 from .turns import refuse_to_lose_rows
@@ -120,7 +120,7 @@ class Watch(Shared):
             session = self.session_of(context.root_connection)
             if session is not None:
                 begin_in_time(cursor, statement, context.root_connection)
-                note_statement(session, statement)
+                note_statement(session, statement, context.root_connection)
 
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         self._do_execute(cursor, statement, None, context)
@@ -130,6 +130,8 @@ class Watch(Shared):
         if session is not None:
             state = session._fastapi_async_sqlalchemy
             after_the_check = state.committing and context.statement is not None
+            if state.committing and not after_the_check:
+                note_committed(session)
             state.note_error(context)
             if after_the_check:
                 check_again(session)
