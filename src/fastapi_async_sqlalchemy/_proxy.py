@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
 
 from ._arguments.engines import async_engine
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from contextvars import ContextVar
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from ._arguments.checks import Begin, IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs

@@ -32,9 +32,9 @@ CALLS: dict[str, Callable[[Db], object]] = {
     "db(wait_for, propagation)": lambda db: db(SOME, wait_for=cast("Any", "0/1"), propagation="required"),
     "db(timeout)": lambda db: db(timeout=1.0),
     "connection(timeout)": lambda db: db.connection(timeout=-1),
-    "gather(session_args)": lambda db: db.gather(session_args=WRONG),
+    "gather(session_args)": lambda db: cast("Any", db).gather(session_args=WRONG),
     "task_group(session_args)": lambda db: db.task_group(session_args=WRONG),
-    "atomic(one)": atomic,
+    "atomic(one)": cast("Any", atomic),
     "atomic(twice)": lambda db: atomic(db, db),
 }
 

@@ -1,10 +1,10 @@
 """A listener of the user's that fails after one COMMIT of `atomic()`: all of them have their one outcome."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
-import asyncio
 import pytest
 from sqlalchemy import event
 

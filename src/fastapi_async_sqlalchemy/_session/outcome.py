@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -167,7 +166,9 @@ def note_committed(session: StatefulSession) -> None:
     ledger, transaction = session._fastapi_async_sqlalchemy.ledger, session.get_transaction()
     if transaction is not None and len(ledger.written_on) > 1:
         ends = {connection: end for connection, end, *_ in transaction._connections.values()}
-        ledger.committed_on = tuple(one for one in ledger.written_on if one in ends and not ends[one].is_active)
+        ledger.committed_on = tuple(
+            one for one in ledger.written_on if one in ends and not ends[one].is_active
+        )
 
 
 def refuse_half(session: StatefulSession, error: BaseException) -> None:
@@ -176,11 +177,14 @@ def refuse_half(session: StatefulSession, error: BaseException) -> None:
     done = state.ledger.committed_on
     if done:
         state.committed_writes = True
-        sides = [str(place_of(one.engine.url)) for one in done], [
-            str(place_of(one.engine.url)) for one in state.ledger.written_on if one not in done
-        ]
+        sides = (
+            [str(place_of(one.engine.url)) for one in done],
+            [str(place_of(one.engine.url)) for one in state.ledger.written_on if one not in done],
+        )
         failure = PartialCommitError(sides[0], ", ".join(sides[1]))
         logger.error("%s", failure)
+        if (transaction := session.get_transaction()) is not None:
+            transaction.close()  # rolls the others back; SQLAlchemy's rollback() would warn of this one
         raise failure from error
 
 

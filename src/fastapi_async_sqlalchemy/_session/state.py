@@ -6,6 +6,7 @@ import asyncio
 import logging
 from asyncio import current_task
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
     from .checkout import Checkout, Route
-    from .hooks import Hooks
+    from .hooks import Hooks, RunningHook
     from .streams import ConnectionStream, Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -45,6 +46,10 @@ class Shared:
     )
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
     loops: Loops = Factory(Loops)
+    running: ContextVar[tuple[RunningHook, ...]] = Factory(
+        lambda: ContextVar["tuple[RunningHook, ...]"]("fastapi_async_sqlalchemy.running_hooks", default=())
+    )
+    """The hooks that run in a context, or that have started its task."""
     engine: Engine | None = None
     """The bound engine, to which most connections belong."""
     unbuffered: bool = False
