@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
 
 from ._arguments.engines import async_engine
@@ -12,7 +11,7 @@ from ._session.checkout import pool_status
 from ._tasks.fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
 from ._tasks.opening import commit_position, connect, open_scope, session_of_request
 from ._tasks.transactional import F, decorator
-from ._unit.database import Database, S_co
+from ._unit.database import Database, S_co, default_session_class
 from ._unit.place import Handle, current_variable
 from ._unit.scope import UnitScope
 from ._unit.unit import UnitOfWork
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from contextvars import ContextVar
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from ._arguments.checks import Begin, IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs
@@ -301,7 +300,8 @@ class SessionProxy(Handle[S_co]):
         def __getattr__(self, name: str) -> NoReturn:
             """Raise an error that says where to find an attribute of a session or a unit."""
             message = f"'SessionProxy' object has no attribute {name!r}"
-            for owner, kind in (("unit", UnitOfWork), ("session", AsyncSession)):
+            declared = self._database._declared or default_session_class()
+            for owner, kind in (("unit", UnitOfWork), ("session", declared)):
                 if not name.startswith("_") and hasattr(kind, name):
                     message = f"{message}: write db.{owner}.{name}"
                     break

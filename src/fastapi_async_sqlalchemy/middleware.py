@@ -156,7 +156,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
                 message = "begin goes with an engine: give it to db.connect(), or to the pair."
                 raise ConfigurationError(message)
             return None
-        source, application = (parse("db_url", db_url), dict(engine_args)), _innermost(self.app)
+        source, application = (parse("db_url", db_url), dict(engine_args)), _application(self.app)
         self._holder = evolve(self._holder, source=source, application=application)
         first = self._database.holder
         if first is not None and first.application is application and first.source == source:
@@ -268,6 +268,19 @@ class SQLAlchemyMiddleware(Generic[S_co]):
                 await self._database.release(self._engine, owned=self._owned)
             except Exception:
                 logger.exception("The engine of %s could not be disposed.", self._database.name)
+
+
+def _application(app: object) -> object:
+    """Return the application that is building its stack, otherwise the innermost one.
+
+    A middleware in between may hide the innermost one.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "build_middleware_stack":
+            return frame.f_locals.get("self", app)
+        frame = frame.f_back
+    return _innermost(app)
 
 
 def _innermost(app: object) -> object:

@@ -195,7 +195,7 @@ class AtomicScope(OneUse):
 async def _commit_prepared(unit: UnitOfWork[Any]) -> list[BaseException]:
     """Commit, leaving the hooks for later; return the error of a listener that failed after the COMMIT."""
     state, committed = _state(unit), list[object]()
-    probe = Hooks(unit._database.name)
+    probe = Hooks(unit._database.name, state.shared.running)
     probe.after.append(RegisteredHook(run=partial(committed.append, unit), on_commit=True))
     hooks, state.hooks = state.hooks, probe  # they run after all have committed
     try:

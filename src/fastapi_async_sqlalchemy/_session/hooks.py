@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from anyio import CancelScope
@@ -17,6 +16,8 @@ from sqlalchemy.engine import Connection
 from ..exceptions import TransactionBegunError, UnexpectedRollbackError, _safe_repr
 
 if TYPE_CHECKING:
+    from contextvars import ContextVar
+
     from sqlalchemy.orm import SessionTransaction
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -60,6 +61,8 @@ class Hooks:
     """The hooks of one unit; created when the first one is registered."""
 
     database: str
+    running: ContextVar[tuple[RunningHook, ...]]
+    """The hooks that run in this context, or that have started its task."""
     after: list[RegisteredHook] = Factory(list[RegisteredHook])
     before: deque[RegisteredHook] = Factory(deque[RegisteredHook])
     begin: list[BeginHook] = Factory(list[BeginHook])
@@ -131,14 +134,14 @@ class Hooks:
     async def _call(self, hook: RegisteredHook) -> None:
         """Run a hook; tasks that it starts know it by their context."""
         call = RunningHook(self)
-        token = _running.set((*_running.get(), call))
+        token = self.running.set((*self.running.get(), call))
         try:
             result = hook.run()
             if inspect.isawaitable(result):
                 await result
         finally:
             call.hooks = None
-            _running.reset(token)
+            self.running.reset(token)
 
     async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
         for hook in hooks:
@@ -184,14 +187,9 @@ class RunningHook:
     """None once it has ended."""
 
 
-_running: Final[ContextVar[tuple[RunningHook, ...]]] = ContextVar(
-    "fastapi_async_sqlalchemy.running_hooks", default=()
-)
-
-
 def in_hook_of(hooks: Hooks | None) -> bool:
     """Whether the current task was started by one of these hooks, which may be waiting for it."""
-    return hooks is not None and any(call.hooks is hooks for call in _running.get())
+    return hooks is not None and any(call.hooks is hooks for call in hooks.running.get())
 
 
 def _begin_by(hook: BeginHook, connection: Connection) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from asyncio import current_task
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
     from .checkout import Checkout, Route
-    from .hooks import Hooks
+    from .hooks import Hooks, RunningHook
     from .streams import ConnectionStream, Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -45,6 +46,10 @@ class Shared:
     )
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
     loops: Loops = Factory(Loops)
+    running: ContextVar[tuple[RunningHook, ...]] = Factory(
+        lambda: ContextVar["tuple[RunningHook, ...]"]("fastapi_async_sqlalchemy.running_hooks", default=())
+    )
+    """The hooks that run in a context, or that have started its task."""
     engine: Engine | None = None
     """The bound engine, to which most connections belong."""
     unbuffered: bool = False
@@ -271,11 +276,11 @@ def held_by_owner(session: StatefulSession) -> bool:
     return (bool(state.streams) and state.streaming()) or (state.holder is not None and state.busy())
 
 
-def note_statement(session: StatefulSession, statement: str) -> None:
+def note_statement(session: StatefulSession, statement: str, connection: Connection) -> None:
     """Record a statement that is about to be sent, unless it only reads."""
     verb = verb_of(statement)
     if verb not in READS:
-        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb)
+        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb, connection)
 
 
 def task_at_work() -> asyncio.Task[Any] | None:

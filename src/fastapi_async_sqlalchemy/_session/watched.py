@@ -13,7 +13,7 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, end_interrupted, follow, require_commit
+from .outcome import decide_rollback, end_interrupted, follow, refuse_half, require_commit
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import exclusive
 
@@ -56,7 +56,8 @@ class WatchedSession(StatefulSession):
             require_commit(self)
         try:
             super().commit()
-        except BaseException:
+        except BaseException as error:
+            refuse_half(self, error)
             end_interrupted(self)
             raise
 
@@ -170,7 +171,8 @@ def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end
             savepoint.commit()
     try:
         end()
-    except BaseException:
+    except BaseException as error:
+        refuse_half(session, error)
         end_interrupted(session)
         raise
 

@@ -65,13 +65,11 @@ def open_scope(
         settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
-    if propagation != "requires_new":
-        propagation_of(propagation)
     for_each_task = multi_sessions is not False or max_concurrent is not None
-    if for_each_task:
-        _check_for_each_task(multi_sessions, propagation, waiting)
-    elif waiting != (None, None, None):
-        wait = _check_waiting(handle, propagation, waiting)
+    if propagation != "requires_new" or for_each_task or waiting != (None, None, None):
+        wait = _check_kind(
+            handle, propagation, waiting, multi_sessions=multi_sessions, per_task=for_each_task
+        )
     if session_args is not None:
         # an empty mapping is no argument
         session_args = cast("SessionArgs", session_arguments(session_args)) or None
@@ -86,6 +84,23 @@ def open_scope(
     if wait is not None:
         return _on_replica(handle, new, session_args, wait, waiting[2])
     return new if propagation == "requires_new" else PropagatingScope(new, propagation, bool(session_args))
+
+
+def _check_kind(
+    handle: Handle[Any],
+    propagation: Propagation,
+    waiting: tuple[object, object, object],
+    *,
+    multi_sessions: bool,
+    per_task: bool,
+) -> Replay | None:
+    """Validate what kind of block is asked for; return the wait of one for a replica."""
+    propagation_of(propagation)
+    if per_task:
+        _check_for_each_task(multi_sessions, propagation, waiting)
+    elif waiting != (None, None, None):
+        return _check_waiting(handle, propagation, waiting)
+    return None
 
 
 def _check_for_each_task(
@@ -128,7 +143,7 @@ def _on_replica(
     require_postgresql("wait_for", database.engine)
     primary = None
     if isinstance(fallback, Handle):
-        primary_engine: AsyncEngine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  # for mypy a cast is redundant
+        primary_engine: AsyncEngine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
         if primary_engine is database.engine:
             raise ConfigurationError(_FALLBACK)
         settings = evolve(new.config.settings, read_only=True)

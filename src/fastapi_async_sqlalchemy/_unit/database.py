@@ -166,6 +166,7 @@ class Database(Generic[S_co]):
         """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
             self._live, self.holder = False, None
+            self._watch.leave()
         if owned:
             await engine.dispose()
 
@@ -173,7 +174,7 @@ class Database(Generic[S_co]):
         """Forget the engine."""
         if self._watcher is not None:
             self._watcher.end()
-        self._watch.engine = None
+        self._watch.leave()
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self.begin = None
         self._variants.clear()

@@ -235,7 +235,8 @@ class UnitOfWork(Place[S_co]):
             self._open()
         watched = self._watched
         if self._hooks is None and watched is not None:
-            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name)
+            hooks = Hooks(self._database.name, self._database.shared.running)
+            self._hooks = watched._fastapi_async_sqlalchemy.hooks = hooks
         return cast("Hooks", self._hooks)
 
     def _savepoint(self) -> SessionTransaction | None:
