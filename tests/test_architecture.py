@@ -28,6 +28,7 @@ STOREYS = (
     "_cluster",
     "_unit",
     "_session",
+    "_telemetry",
     "_dialects",
     "_arguments",
     "exceptions",

@@ -32,6 +32,10 @@ from fastapi_async_sqlalchemy import (
     InDoubtError,
     IsolationLevel,
     MissingSessionError,
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
     PartialCommitError,
     PoolStatus,
     PoolTimeoutError,
@@ -44,9 +48,11 @@ from fastapi_async_sqlalchemy import (
     SessionProxy,
     SQLAlchemyMiddleware,
     TransactionBegunError,
+    TransactionOutcome,
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitStats,
     UnitTaskGroup,
     WalPosition,
     add_pool_timeout_handler,
@@ -595,6 +601,7 @@ async def units() -> None:
     assert_type(unit.opened, OrderSession | None)
     assert_type(unit.closed, bool)
     assert_type(unit.info, dict[str, Any])
+    assert_type(unit.stats, UnitStats)
     assert_type(await unit.commit(), None)
     assert_type(await unit.rollback(), None)
     assert_type(unit.savepoint(), AsyncSessionTransaction)
@@ -674,3 +681,60 @@ def errors() -> None:
     except (PartialCommitError, InDoubtError) as error:
         assert_type(error, PartialCommitError | InDoubtError)
         assert_type(error.committed, tuple[str, ...])
+
+
+class Watching(Observer):
+    """An observer overrides the moments that it wants."""
+
+    def pool_bound(self, pool: ObservedPool) -> None:
+        assert_type(pool.database, str)
+        assert_type(pool.name, str)
+        assert_type(pool.system, str)
+        assert_type(pool.status(), PoolStatus)
+
+    def unit_opened(self, unit: ObservedUnit) -> None:
+        assert_type(unit.number, int)
+        assert_type(unit.pool, ObservedPool)
+        assert_type(unit.request, str | None)
+        assert_type(unit.task, str)
+        assert_type(unit.place, str | None)
+        assert_type(unit.stats.statements, int)
+        assert_type(unit.stats.rows, int)
+        assert_type(unit.stats.transactions, int)
+        assert_type(unit.stats.waited, float)
+        assert_type(unit.stats.held, float)
+        assert_type(unit.stats.committing, float)
+
+    def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
+        assert_type(transaction.outcome, TransactionOutcome)
+        assert_type(transaction.statements, int)
+        assert_type(transaction.rows, int)
+        assert_type(transaction.held, float)
+        assert_type(transaction.committing, float)
+        assert_type(transaction.commit_error, str | None)
+
+
+def observing(pool: ObservedPool, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
+    """Observers go to a pair, a middleware or a block; each of their methods can be called alone."""
+    watching = Watching()
+    assert_type(pool, ObservedPool)
+    assert_type(unit, ObservedUnit)
+    assert_type(transaction, ObservedTransaction)
+    assert_type(Observer(), Observer)
+    assert_type(watching.pool_bound(pool=pool), None)
+    assert_type(watching.pool_released(pool=pool), None)
+    assert_type(watching.unit_opened(unit=unit), None)
+    assert_type(watching.wait_began(unit=unit), None)
+    assert_type(watching.wait_ended(unit=unit, seconds=0.1, error=TimeoutError()), None)
+    assert_type(watching.transaction_ended(unit=unit, transaction=transaction), None)
+    assert_type(watching.hooks_ran(unit=unit, count=1, seconds=0.1), None)
+    assert_type(watching.unit_closed(unit=unit), None)
+    create_middleware_and_session_proxy(OrderSession, observers=[watching, Observer()])
+    app.add_middleware(OrderMiddleware, db_url="", observers=(watching,))
+    orders.connect("", observers={watching})
+
+    def prepare(unit: UnitOfWork[OrderSession]) -> None:
+        unit.on_begin(on_connection)
+
+    assert_type(orders.on_open(prepare), None)
+    orders.on_open(callback=lambda unit: unit.info.clear())

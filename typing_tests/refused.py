@@ -40,6 +40,10 @@ from fastapi_async_sqlalchemy import (
     InDoubtError,
     IsolationLevel,
     MissingSessionError,
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
     PartialCommitError,
     PoolStatus,
     PoolTimeoutError,
@@ -55,6 +59,7 @@ from fastapi_async_sqlalchemy import (
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitStats,
     UnitTaskGroup,
     WalPosition,
     add_pool_timeout_handler,
@@ -515,3 +520,36 @@ SessionArgs(join_transaction_mode="savepoint")  # type: ignore[typeddict-item]  
 SessionArgs(query_cls=5)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(sync_session_class=OrderSession)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(twophase="yes")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+
+
+# Observers.
+
+
+class Mistaken(Observer):
+    def unit_opened(self, unit: int) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+    async def unit_closed(self, unit: ObservedUnit) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+
+def for_audit(unit: UnitOfWork[AuditSession]) -> None:
+    pass
+
+
+create_middleware_and_session_proxy(observers=[Observer])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+Middleware(SQLAlchemyMiddleware, observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+db.connect(url="", observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+orders.on_open(callback=for_audit)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().pool_bound(pool=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().pool_released(pool=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().unit_opened(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().wait_began(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().wait_ended(unit=5, seconds="1", error=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().transaction_ended(unit=5, transaction=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().hooks_ran(unit=5, count="1", seconds="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().unit_closed(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnitStats(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedPool(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedTransaction(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedUnit(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -9,6 +9,14 @@ from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
 from ._tasks.fan_out import UnitTaskGroup
+from ._telemetry.observer import (
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
+    TransactionOutcome,
+    UnitStats,
+)
 from ._unit.unit import UnitOfWork
 from ._web.policy import CommitWhen
 from .exceptions import (
@@ -50,6 +58,10 @@ __all__ = [
     "InDoubtError",
     "IsolationLevel",
     "MissingSessionError",
+    "ObservedPool",
+    "ObservedTransaction",
+    "ObservedUnit",
+    "Observer",
     "PartialCommitError",
     "PoolStatus",
     "PoolTimeoutError",
@@ -62,9 +74,11 @@ __all__ = [
     "SessionNotInitialisedError",
     "SessionProxy",
     "TransactionBegunError",
+    "TransactionOutcome",
     "UnexpectedRollbackError",
     "UnitClosedError",
     "UnitOfWork",
+    "UnitStats",
     "UnitTaskGroup",
     "WalPosition",
     "add_pool_timeout_handler",

@@ -12,13 +12,15 @@ from ._session.checkout import pool_status
 from ._tasks.fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
 from ._tasks.opening import commit_position, connect, open_scope, session_of_request
 from ._tasks.transactional import F, decorator
+from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
+from ._unit.observing import observe, on_open
 from ._unit.place import Handle, current_variable
 from ._unit.unit import UnitOfWork
 from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
     from contextlib import AbstractAsyncContextManager
     from contextvars import ContextVar
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
+    from ._telemetry.observer import Observer
     from ._unit.place import Place
 
 
@@ -259,13 +262,23 @@ class SessionProxy(Handle[S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        observers: Iterable[Observer] | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
+        ``observers`` are told what units do in the block.
         Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args)
+        return connect(self, self, url, engine_args, session_args, observers=observers_of(observers))
+
+    def on_open(self, callback: Callable[[UnitOfWork[S_co]], object]) -> None:
+        """Call a plain function with each new unit when it makes its session, from now on.
+
+        The function may register hooks, or add to ``unit.info``. An error in it reaches the code that asked
+        for the session, and leaves the unit without one.
+        """
+        on_open(self._database, callback)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.
@@ -298,9 +311,13 @@ DBSessionMeta: TypeAlias = SessionProxy
 
 
 def new_database(
-    session_class: type[S_co] | None, settings: TransactionSettings
+    session_class: type[S_co] | None,
+    settings: TransactionSettings,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
     """Create a database, the variable of its current unit, and its proxy."""
     database: Database[S_co] = Database(session_class, settings)
     current = current_variable(database)
+    if observers:
+        observe(database, observers)
     return database, current, SessionProxy(database, current, current.get)

@@ -15,7 +15,9 @@ from ._arguments.engines import async_engine, create_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
+from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
+from ._unit.observing import observe, stop_observing
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ._arguments.keywords import EngineArgs, SessionArgs
+    from ._telemetry.observer import Observer
     from ._unit.place import Place
     from ._web.policy import CommitWhen
 
@@ -77,6 +80,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
         pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
         pool_warn_interval: seconds between two such WARNINGs.
+        observers: are told what units do, until the lifespan ends.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -101,6 +105,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        observers: Iterable[Observer] | None = None,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
@@ -113,6 +118,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
+        self._observers, self._observing = observers_of(observers), False
         self._session_args = session_arguments(session_args)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
@@ -154,6 +160,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
 
     def _begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
+        if self._observers and not self._observing:
+            self._observing = True
+            observe(self._database, self._observers)
         if self._engine is None:
             self._database.watch_pool(self._warning)
         else:
@@ -249,6 +258,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
                 await self._database.release(self._engine, owned=self._owned)
             except Exception:
                 logger.exception("The engine of %s could not be disposed.", self._database.name)
+        if self._observing:
+            self._observing = False
+            stop_observing(self._database, self._observers)
 
 
 def _innermost(app: object) -> object:
@@ -277,14 +289,17 @@ async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
 
 
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None, *, read_only: bool = False
+    session_class: type[S_co] | None = None,
+    *,
+    read_only: bool = False,
+    observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
 
     Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
-    suits a replica.
+    suits a replica. ``observers`` are told what its units do.
 
     Raises:
         ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or ``read_only`` not a bool.
@@ -292,6 +307,6 @@ def create_middleware_and_session_proxy(
     if session_class is not None:
         session_class_of("session_class", session_class)
     settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
-    database, current, proxy = new_database(session_class, settings)
+    database, current, proxy = new_database(session_class, settings, observers_of(observers))
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

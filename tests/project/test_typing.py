@@ -25,10 +25,12 @@ SOURCES = {
 }
 INFERRED = {
     "db",
+    *(f"Observed{kind}.__init__" for kind in ("Pool", "Transaction", "Unit")),
     "PoolStatus.__init__",
     "Resolved.__init__",
     "SessionProxy.__init__",
     "UnitOfWork.__init__",
+    "UnitStats.__init__",
     "UnitTaskGroup.__init__",
     "atomic",
     "recover",

@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypeVar
 
-from . import CommitWhen, EngineArgs, SessionArgs, SessionProxy
+from . import CommitWhen, EngineArgs, Observer, SessionArgs, SessionProxy
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -30,12 +30,16 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        observers: Iterable[Observer] | None = None,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 def add_pool_timeout_handler(app: Starlette) -> None: ...
 def create_middleware_and_session_proxy(
-    session_class: type[_S_co] | None = None, *, read_only: bool = False
+    session_class: type[_S_co] | None = None,
+    *,
+    read_only: bool = False,
+    observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]

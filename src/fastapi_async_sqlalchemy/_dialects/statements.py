@@ -9,6 +9,7 @@ READS: Final = frozenset(
     {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"}
 )
 """Verbs of statements that leave nothing to commit."""
+_NOTHING_TO_COMMIT: Final = READS | {"SAVEPOINT", "RELEASE", "ROLLBACK"}
 UNBUFFERED: Final = frozenset({"mysql", "mariadb"})
 """Dialects whose connections lose a stream's remaining rows when another statement is sent."""
 _COMMITS: Final = ("COMMIT PREPARED", "XA COMMIT")
@@ -27,6 +28,12 @@ def verb_of(statement: str) -> str:
 def has_writing_part(statement: str) -> bool:
     """Whether a ``WITH`` may write: a word in quoted text counts, too."""
     return _WRITING_CTE.search(statement) is not None
+
+
+def writes(statement: str) -> bool:
+    """Whether a statement may leave something to commit; savepoints alone leave nothing."""
+    verb = verb_of(statement)
+    return verb not in _NOTHING_TO_COMMIT and (verb != "WITH" or has_writing_part(statement))
 
 
 def decides(statement: str, xid: str) -> bool:

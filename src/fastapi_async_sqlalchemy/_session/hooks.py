@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from time import perf_counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from anyio import CancelScope
@@ -17,6 +18,8 @@ from ..exceptions import TransactionBegunError, UnexpectedRollbackError, _safe_r
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
+
+    from .._telemetry.meter import UnitMeter
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -59,6 +62,8 @@ class Hooks:
     """The hooks of one unit; created when the first one is registered."""
 
     database: str
+    meter: UnitMeter | None = None
+    """The meter of an observed unit."""
     after: list[RegisteredHook] = Factory(list[RegisteredHook])
     before: deque[RegisteredHook] = Factory(deque[RegisteredHook])
     begin: list[BeginHook] = Factory(list[BeginHook])
@@ -127,7 +132,14 @@ class Hooks:
         """
         self.decide(committed=committed)
         hooks, self.due = self.due, []
-        await self._run(iter(hooks))
+        if self.meter is None or not hooks:
+            await self._run(iter(hooks))
+            return
+        began = perf_counter()
+        try:
+            await self._run(iter(hooks))
+        finally:
+            self.meter.hooks_ran(len(hooks), perf_counter() - began)
 
     async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
         for hook in hooks:

@@ -270,8 +270,12 @@ def _translate(state: SessionState, error: BaseException) -> None:
     if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
-        pools = [engine.pool for engine in state.shared.loops.engines]
-        pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
-        timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
-        remedy = remedy_for(state.outer_holds)
-        raise PoolTimeoutError(name, timeout, pool_status(pool), remedy) from error
+        raise pool_timeout(state) from error
+
+
+def pool_timeout(state: SessionState) -> PoolTimeoutError:
+    """Return the error for a pool that had no connection within its own timeout."""
+    pools = [engine.pool for engine in state.shared.loops.engines]
+    pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
+    timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
+    return PoolTimeoutError(state.shared.name, timeout, pool_status(pool), remedy_for(state.outer_holds))

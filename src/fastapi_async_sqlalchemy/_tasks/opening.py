@@ -13,6 +13,7 @@ from .._cluster.replica import ReplicaScope, replay, require_postgresql, written
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
+from .._unit.observing import observe, stop_observing
 from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .._arguments.checks import IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
+    from .._telemetry.observer import Observer
     from .._unit.database import S_co
 
 P = TypeVar("P")
@@ -159,6 +161,8 @@ def connect(
     url: str | URL | AsyncEngine,
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
+    *,
+    observers: tuple[Observer, ...],
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
     if isinstance(url, AsyncEngine):
@@ -169,7 +173,7 @@ def connect(
     else:
         engine = create_engine("url", url, engine_args)
     handle._database.check(engine, session_args)
-    return Connected(result, handle._database, engine, session_args, owned=engine is not url)
+    return Connected(result, handle._database, engine, session_args, observers, owned=engine is not url)
 
 
 @define(eq=False, repr=False)
@@ -180,11 +184,14 @@ class Connected(Generic[P]):
     database: Database[Any]
     engine: AsyncEngine
     session_args: SessionArgs | None
+    observers: tuple[Observer, ...]
     owned: bool
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
         self.database.bind(self.engine, self.session_args, by)
+        if self.observers:
+            observe(self.database, self.observers)
         return self.proxy
 
     async def __aexit__(
@@ -194,3 +201,4 @@ class Connected(Generic[P]):
             await self.database.release(self.engine, owned=self.owned)
         finally:
             self.database.unbind()
+            stop_observing(self.database, self.observers)

@@ -13,7 +13,8 @@ from sqlalchemy.orm import SessionTransaction
 
 from .._session.checkout import Checkout
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
-from ..exceptions import TransactionBegunError, UnitClosedError, _safe_repr
+from .._telemetry.observer import UnitStats
+from ..exceptions import ConfigurationError, TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
 from .place import Place, around
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from .._session.hooks import BeginHook, Hook
     from .._session.state import JoinedBlock, StatefulSession
+    from .._telemetry.meter import UnitMeter
     from .database import Database, UnitConfig
 
 
@@ -63,6 +65,8 @@ class UnitOfWork(Place[S_co]):
     _joined: list[JoinedBlock] | None = field(default=None, init=False)
     """The open blocks that have joined the unit."""
     _info: dict[str, Any] | None = field(default=None, init=False)
+    _meter: UnitMeter = field(init=False)
+    """Set if the unit is observed; without a default, it costs an unobserved one nothing."""
 
     @property
     def closed(self) -> bool:
@@ -80,6 +84,24 @@ class UnitOfWork(Place[S_co]):
         if self._info is None:
             self._info = {}
         return self._info
+
+    @property
+    def stats(self) -> UnitStats:
+        """What the unit has done so far, also after its end.
+
+        Raises ``ConfigurationError`` if nothing observes the unit.
+        """
+        meter: UnitMeter | None = getattr(self, "_meter", None)
+        if meter is not None:
+            return meter.unit.stats
+        opening = self._database.opening
+        if opening is None or not opening.observers or self.opened is not None:
+            message = (
+                "unit.stats needs an observer, and a plain Observer() will do: give observers= to "
+                "create_middleware_and_session_proxy(), to the middleware or to db.connect()."
+            )
+            raise ConfigurationError(message)
+        return UnitStats()
 
     async def commit(self) -> None:
         """Commit, release the connection and run the ``on_commit`` hooks.
@@ -213,7 +235,13 @@ class UnitOfWork(Place[S_co]):
             state.limit(Checkout(config.database.name, config.limits))
         if isinstance(self._outer, UnitOfWork):
             state.outer_holds = self._outer_holds
+        if config.database.opening is not None:
+            config.database.opening.begin(self, self._watched)
         return opened
+
+    def _reset(self) -> None:
+        """Drop a session that nothing may use."""
+        self.opened, self._watched, self._hooks, self._phase = None, None, None, FRESH
 
     def _register(self, hook: Hook, *, on_commit: bool) -> None:
         _require_function(hook)
@@ -233,7 +261,8 @@ class UnitOfWork(Place[S_co]):
             self._open()
         watched = self._watched
         if self._hooks is None and watched is not None:
-            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name)
+            meter = getattr(self, "_meter", None)
+            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name, meter)
         return cast("Hooks", self._hooks)
 
     def _savepoint(self) -> SessionTransaction | None:
