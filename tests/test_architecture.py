@@ -22,6 +22,7 @@ STOREYS = (
     "__init__",
     "middleware",
     "recovery",
+    "opentelemetry",
     "_proxy",
     "_tasks",
     "_web",

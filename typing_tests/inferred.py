@@ -6,6 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Literal, Self, assert_type, overload
 
 from fastapi import Depends, FastAPI
+from opentelemetry.metrics import get_meter_provider
+from opentelemetry.trace import get_tracer_provider
 from sqlalchemy import URL, Connection, NullPool, func, select, text
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction, create_async_engine
@@ -61,6 +63,7 @@ from fastapi_async_sqlalchemy import (
     db,
     pgbouncer_engine_args,
 )
+from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
 S = TypeVar("S", bound=AsyncSession)
@@ -721,6 +724,13 @@ def observing(pool: ObservedPool, unit: ObservedUnit, transaction: ObservedTrans
     assert_type(unit, ObservedUnit)
     assert_type(transaction, ObservedTransaction)
     assert_type(Observer(), Observer)
+    telemetry = OpenTelemetryObserver(
+        pool_name=lambda pool: pool.database,
+        tracer_provider=get_tracer_provider(),
+        meter_provider=get_meter_provider(),
+    )
+    assert_type(telemetry, OpenTelemetryObserver)
+    orders.connect("", observers=[telemetry])
     assert_type(watching.pool_bound(pool=pool), None)
     assert_type(watching.pool_released(pool=pool), None)
     assert_type(watching.unit_opened(unit=unit), None)

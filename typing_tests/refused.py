@@ -68,6 +68,7 @@ from fastapi_async_sqlalchemy import (
     db,
     pgbouncer_engine_args,
 )
+from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
 sync_engine: Engine = create_engine("sqlite://")
@@ -553,3 +554,6 @@ UnitStats(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[re
 ObservedPool(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 ObservedTransaction(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 ObservedUnit(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+OpenTelemetryObserver(pool_name="orders")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+OpenTelemetryObserver(tracer_provider=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+OpenTelemetryObserver(meter_provider=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import fastapi_async_sqlalchemy
-from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, recovery
+from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, opentelemetry, recovery
 from tests.support.declarations import classes, declared, drift, spelled
 
 FOLDER = Path(fastapi_async_sqlalchemy.__file__).parent
@@ -121,6 +121,7 @@ def test_every_public_module_has_a_stub_with_its_names() -> None:
         "__init__": fastapi_async_sqlalchemy,
         "exceptions": exceptions,
         "middleware": middleware,
+        "opentelemetry": opentelemetry,
         "recovery": recovery,
     }
     assert modules.keys() == STUBS.keys() == {name for name in SOURCES if not re.match(r"_[a-z]", name)}
@@ -206,7 +207,12 @@ def test_every_public_name_is_asserted() -> None:
             asserted |= set(re.findall(r"\w+", " ".join(map(spelled, call.args))))
     holders = [node for node in classes(STUBS.values()).values() if not is_typed_dict(node)]
     members = {name for node in holders for name in declared(node.body) if not name.startswith("_")}
-    assert {*fastapi_async_sqlalchemy.__all__, *recovery.__all__, *members} - asserted == set()
+    assert {
+        *fastapi_async_sqlalchemy.__all__,
+        *opentelemetry.__all__,
+        *recovery.__all__,
+        *members,
+    } - asserted == set()
 
 
 def is_typed_dict(node: ast.ClassDef) -> bool:
