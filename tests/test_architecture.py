@@ -286,6 +286,19 @@ def test_no_function_assigns_a_global(module: str) -> None:
     assert [node.names for node in ast.walk(TREES[module]) if isinstance(node, ast.Global)] == []
 
 
+@every_module
+def test_log_records_have_their_fields(module: str) -> None:
+    """Whoever logs gives the fields that every record has."""
+    calls = [
+        node
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "logger"
+    ]
+    assert [call.lineno for call in calls if "extra" not in {one.arg for one in call.keywords}] == []
+
+
 def documented(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Count the lines of a docstring."""
     return len((ast.get_docstring(function) or "").splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -14,7 +15,7 @@ from ._tasks.opening import commit_position, connect, open_scope, session_of_req
 from ._tasks.transactional import F, decorator
 from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
-from ._unit.observing import observe, on_open
+from ._unit.observing import observe, on_open, request_here
 from ._unit.place import Handle, current_variable
 from ._unit.unit import UnitOfWork
 from .exceptions import ConfigurationError
@@ -318,6 +319,7 @@ def new_database(
     """Create a database, the variable of its current unit, and its proxy."""
     database: Database[S_co] = Database(session_class, settings)
     current = current_variable(database)
+    database.shared.request = partial(request_here, current)
     if observers:
         observe(database, observers)
     return database, current, SessionProxy(database, current, current.get)

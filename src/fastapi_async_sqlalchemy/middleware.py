@@ -15,6 +15,7 @@ from ._arguments.engines import async_engine, create_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
+from ._telemetry.logs import fields
 from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
 from ._unit.observing import observe, stop_observing
@@ -257,7 +258,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             try:
                 await self._database.release(self._engine, owned=self._owned)
             except Exception:
-                logger.exception("The engine of %s could not be disposed.", self._database.name)
+                name = self._database.name
+                logger.exception("The engine of %s could not be disposed.", name, extra=fields(name))
         if self._observing:
             self._observing = False
             stop_observing(self._database, self._observers)

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -56,10 +57,13 @@ def with_test_databases(
 
 @pytest.fixture
 def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The program in which a page's blocks run in turn; the default pair is free again afterwards."""
+    """The program in which a page's blocks run in turn; afterwards pair and logger are as they were."""
     module = ModuleType("__main__")
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    handlers = logging.getLogger("fastapi_async_sqlalchemy").handlers
+    before = handlers[:]
     yield module
+    handlers[:] = before
     db.unbind()
 
 

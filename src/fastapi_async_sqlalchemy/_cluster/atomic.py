@@ -250,7 +250,8 @@ async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
             await unit.session.rollback()
         except Exception:
             name = unit._database.name
-            logger.warning("ROLLBACK of what is prepared on %s failed.", name, exc_info=True)
+            extra = unit._fields()
+            logger.warning("ROLLBACK of what is prepared on %s failed.", name, exc_info=True, extra=extra)
             left.append(name)
     return left
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
     from .._telemetry.meter import UnitMeter
+    from .state import Shared
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -31,6 +32,8 @@ BeginHook: TypeAlias = Callable[[Connection], object]
 ROLLBACK_ONLY: Final = "set_rollback_only() was called"
 JOINED: Final = "a block that had joined it failed"
 _HOOK_FAILED: Final = "a before_commit hook failed"
+_HOOK_RAISED: Final = "A hook of %s failed after its outcome: %r"
+_HOOK_CANCELLED: Final = "A hook of %s awaited what was cancelled: %r"
 
 
 @define(eq=False, repr=False, kw_only=True)
@@ -61,7 +64,9 @@ class RollbackMark(Registered):
 class Hooks:
     """The hooks of one unit; created when the first one is registered."""
 
-    database: str
+    shared: Shared
+    unit: int
+    """The unit's number in log records."""
     meter: UnitMeter | None = None
     """The meter of an observed unit."""
     after: list[RegisteredHook] = Factory(list[RegisteredHook])
@@ -92,9 +97,9 @@ class Hooks:
         """Raise ``UnexpectedRollbackError`` if the transaction can only be rolled back."""
         if self.atomic:
             remedy = "atomic() commits it with those of the other databases when its block ends"
-            raise TransactionBegunError(self.database, remedy)
+            raise TransactionBegunError(self.shared.name, remedy)
         if self.mark is not None:
-            raise UnexpectedRollbackError(self.database, self.mark.reason) from self.mark.cause
+            raise UnexpectedRollbackError(self.shared.name, self.mark.reason) from self.mark.cause
 
     def begun(self, connection: Connection) -> None:
         """Run the hooks before a transaction's first statement; discard the connection if one fails."""
@@ -148,11 +153,14 @@ class Hooks:
                 if inspect.isawaitable(result):
                     await result
             except Exception:
-                logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
+                logger.exception(
+                    _HOOK_RAISED, self.shared.name, hook.run, extra=self.shared.fields(self.unit)
+                )
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or not task.cancelling():
-                    logger.exception("A hook of %s awaited what was cancelled: %r", self.database, hook.run)
+                    extra = self.shared.fields(self.unit)
+                    logger.exception(_HOOK_CANCELLED, self.shared.name, hook.run, extra=extra)
                     continue
                 with CancelScope(shield=True):  # AnyIO's own scopes would cancel again at every await
                     await self._run(hooks)

@@ -76,7 +76,7 @@ class Watch(Shared):
         if session is not None:
             state = session._fastapi_async_sqlalchemy
             after_the_check = state.committing and context.statement is not None
-            state.note_error(context)
+            state.note_error(context, session.hash_key)
             if after_the_check:
                 check_again(session)
             if is_transaction_lost(context):

@@ -75,7 +75,9 @@ class WatchedSession(StatefulSession):
         """Reset the session, with a WARNING about discarded writes: callers often do not expect that."""
         state = self._fastapi_async_sqlalchemy
         if has_written(self):
-            logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
+            written = state.ledger.written
+            extra = state.shared.fields(self.hash_key, "rolled back", written)
+            logger.warning(_CLOSED, state.shared.name, written, pending(self), extra=extra)
         decide_rollback(self)
         super().reset()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from attrs import Factory, define, field, frozen
 
 from ..exceptions import ConfigurationError
+from .logs import fields
 
 if TYPE_CHECKING:
     from .._pool_status import PoolStatus
@@ -120,6 +121,7 @@ class Observer:
 class Observers:
     """Several observers, none of which can harm another one or the unit."""
 
+    database: str
     each: tuple[Observer, ...]
 
     def tell(self, moment: str, *facts: object) -> None:
@@ -128,7 +130,10 @@ class Observers:
             try:
                 getattr(observer, moment)(*facts)
             except Exception:
-                logger.exception("An observer failed in %s(), and nothing else did: %r", moment, observer)
+                extra = fields(self.database)
+                logger.exception(
+                    "An observer of %s failed in %s(): %r", self.database, moment, observer, extra=extra
+                )
 
 
 def observers_of(value: object) -> tuple[Observer, ...]:

@@ -20,12 +20,15 @@ from ..exceptions import _safe_repr
 from .place import around
 
 if TYPE_CHECKING:
+    from contextvars import ContextVar
+
     from sqlalchemy.ext.asyncio import AsyncEngine
     from starlette.types import Scope
 
     from .._pool_status import PoolStatus
     from .._session.state import StatefulSession
     from .database import Database
+    from .place import Place
     from .unit import UnitOfWork
 
 OpenCallback: TypeAlias = Callable[["UnitOfWork[Any]"], object]
@@ -63,7 +66,7 @@ class Opening:
             task=task_name(task_at_work()),
             place=line_in_debug_mode(),
         )
-        meter = unit._meter = UnitMeter(observed, Observers(self.observers))
+        meter = unit._meter = UnitMeter(observed, Observers(pool.database, self.observers))
         state, limits = session._fastapi_async_sqlalchemy, unit._config.limits
         checkout = ObservedCheckout(
             unit._database.name,
@@ -96,13 +99,13 @@ class Opening:
             system=engine.dialect.name,
             status=partial(_status, engine),
         )
-        Observers(self.observers).tell("pool_bound", self.pool)
+        Observers(database, self.observers).tell("pool_bound", self.pool)
 
     def unbind(self) -> None:
         """Tell the observers that the engine is no longer in use."""
         pool, self.pool = self.pool, None
         if pool is not None:
-            Observers(self.observers).tell("pool_released", pool)
+            Observers(pool.database, self.observers).tell("pool_released", pool)
 
 
 def observe(database: Database[Any], observers: tuple[Observer, ...]) -> None:
@@ -110,7 +113,7 @@ def observe(database: Database[Any], observers: tuple[Observer, ...]) -> None:
     opening = _opening_of(database)
     new = opening.change(opening.given + observers)
     if opening.pool is not None:
-        Observers(new).tell("pool_bound", opening.pool)
+        Observers(database.name, new).tell("pool_bound", opening.pool)
     elif database.connected:
         opening.bind(database.name, database.engine)
 
@@ -125,7 +128,7 @@ def stop_observing(database: Database[Any], observers: tuple[Observer, ...]) -> 
         del left[next(at for at, one in enumerate(left) if one is observer)]
     gone = opening.change(tuple(left))
     if opening.pool is not None:
-        Observers(gone).tell("pool_released", opening.pool)
+        Observers(database.name, gone).tell("pool_released", opening.pool)
     if not (opening.observers or opening.callbacks):
         database.opening = None
 
@@ -160,9 +163,14 @@ def _status(engine: AsyncEngine) -> PoolStatus:
     return pool_status(engine.sync_engine.pool)  # a disposed engine has another one
 
 
-def request_of(unit: UnitOfWork[Any]) -> str | None:
+def request_here(current: ContextVar[Place[Any]]) -> str | None:
+    """Return the request that the current task serves."""
+    return request_of(current.get())
+
+
+def request_of(inside: Place[Any]) -> str | None:
     """Return the method and path of the request that a unit serves or stands in."""
-    for place in around(unit):
+    for place in around(inside):
         scope: Scope | None = getattr(place, "_scope", None)
         if scope is not None:
             return f"{scope['method']} {scope['path']}"

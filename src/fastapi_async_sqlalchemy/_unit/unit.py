@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .._session.hooks import BeginHook, Hook
     from .._session.state import JoinedBlock, StatefulSession
     from .._telemetry.meter import UnitMeter
+    from .._telemetry.observer import TransactionOutcome
     from .database import Database, UnitConfig
 
 
@@ -255,6 +256,13 @@ class UnitOfWork(Place[S_co]):
         hooks.marks.append(mark)
         hooks.share_fate(mark, self._savepoint())
 
+    def _fields(
+        self, outcome: TransactionOutcome | None = None, statements: int | None = None
+    ) -> dict[str, object]:
+        """Return the fields of a log record about the unit."""
+        number = None if self._watched is None else self._watched.hash_key
+        return self._database.shared.fields(number, outcome, statements)
+
     def _own_hooks(self) -> Hooks:
         """Return the unit's hooks; create them, and the session, on first use."""
         if self.opened is None:
@@ -262,7 +270,8 @@ class UnitOfWork(Place[S_co]):
         watched = self._watched
         if self._hooks is None and watched is not None:
             meter = getattr(self, "_meter", None)
-            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name, meter)
+            hooks = Hooks(self._database.shared, watched.hash_key, meter)
+            self._hooks = watched._fastapi_async_sqlalchemy.hooks = hooks
         return cast("Hooks", self._hooks)
 
     def _savepoint(self) -> SessionTransaction | None:
