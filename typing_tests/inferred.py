@@ -501,6 +501,7 @@ async def connected() -> None:
 
 async def pools() -> None:
     """A pool's state is an object and a mapping."""
+    assert_type(await orders.ping(timeout=1), None)
     status = orders.pool_status()
     assert_type(status, PoolStatus)
     assert_type(status.pool_class, str)

@@ -312,6 +312,7 @@ async def transactional_functions() -> None:
     await doubled(1.5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     (await place("Ada")).upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     await db.dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.ping(timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.pool_status(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 

@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluate
 from ._arguments.engines import async_engine
 from ._session.checkout import pool_status
 from ._tasks.fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
+from ._tasks.health import ping
 from ._tasks.opening import commit_position, connect, open_scope, session_of_request
 from ._tasks.transactional import F, decorator
 from ._telemetry.observer import observers_of
@@ -256,6 +257,14 @@ class SessionProxy(Handle[S_co]):
         Raises ``SessionNotInitialisedError`` before an engine is bound.
         """
         return pool_status(self._database.engine.sync_engine.pool)
+
+    async def ping(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109  # for each of its two parts
+        """Check a connection out and send a statement, to learn whether the database answers.
+
+        It needs no unit and opens none. After ``timeout`` seconds it raises ``PoolTimeoutError`` if no
+        connection came free, otherwise Python's ``TimeoutError``; other errors are the driver's.
+        """
+        await ping(self._database, timeout)
 
     def connect(
         self,
