@@ -461,6 +461,7 @@ PoolTimeoutError(database=5, timeout=0.5, pool_status=status, remedy="wait")  # 
 PoolTimeoutError(database="orders", timeout="0.5", pool_status=status, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PoolTimeoutError(database="orders", timeout=0.5, pool_status=5, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PoolTimeoutError(database="orders", timeout=0.5, pool_status=status, remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolTimeoutError("orders", 0.5, status, "wait", holders=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=5, failed="audit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=["orders"], failed=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(["orders"], "audit").committed.append("x")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

@@ -16,6 +16,7 @@ from ._tasks.opening import commit_position, connect, open_scope, session_of_req
 from ._tasks.transactional import F, decorator
 from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
+from ._unit.holders import holders
 from ._unit.observing import observe, on_open, request_here
 from ._unit.place import Handle, current_variable
 from ._unit.unit import UnitOfWork
@@ -329,6 +330,7 @@ def new_database(
     database: Database[S_co] = Database(session_class, settings)
     current = current_variable(database)
     database.shared.request = partial(request_here, current)
+    database.shared.holders = partial(holders, database, current)
     if observers:
         observe(database, observers)
     return database, current, SessionProxy(database, current, current.get)

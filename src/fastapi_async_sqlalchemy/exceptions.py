@@ -40,6 +40,8 @@ _START_AGAIN: Final = (
     "`async with db.unit.savepoint():`"
 )
 
+_NAMED: Final = 10
+"""How many holders of connections a message names."""
 _ANY_USE: Final = "the application's lifespan, `async with db.connect(...)`, `db.unbind()`"
 
 
@@ -194,10 +196,18 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
     """No connection became free in time; nothing was sent.
 
     ``timeout`` is how long the wait was and ``retry_after`` when to try again, both in seconds.
-    ``pool_status`` is the result of ``db.pool_status()`` at that moment.
+    ``pool_status`` is the result of ``db.pool_status()`` at that moment, and ``holders`` describes the units
+    that held a connection, as far as they are known: if units are observed, or from Python 3.12 on.
     """
 
-    def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None:
+    def __init__(
+        self,
+        database: str,
+        timeout: float,
+        pool_status: PoolStatus,
+        remedy: str,
+        holders: Sequence[str] = (),
+    ) -> None:
         limit = "no limit" if pool_status.capacity is None else pool_status.capacity
         super().__init__(
             f"{database} had no free connection within {timeout:g} seconds "
@@ -206,6 +216,15 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
         self.timeout: float = timeout
         self.retry_after: int = max(1, math.ceil(timeout))
         self.pool_status: PoolStatus = pool_status
+        self.holders: tuple[str, ...] = ()
+        self._name_holders(holders)
+
+    def _name_holders(self, holders: Sequence[str]) -> None:
+        """Add the units that hold the connections to the message, some of them if there are many."""
+        self.holders = tuple(holders)
+        if holders:
+            more = f"; and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
+            self.args = (f"{self.args[0]}\nHeld by {'; '.join(holders[:_NAMED])}{more}.",)
 
 
 class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):

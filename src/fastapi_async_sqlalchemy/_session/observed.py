@@ -48,6 +48,11 @@ class ObservedEngines:
             for name in ("commit", "prepare_twophase"):
                 event.listen(engine, name, self._commit)
 
+    def holding(self) -> list[UnitMeter]:
+        """Return the meters of the sessions that hold a connection, those that have held it longest first."""
+        meters = {meter for meter in self._meters.values() if meter.held_since is not None}
+        return sorted(meters, key=lambda meter: meter.held_since or 0.0)
+
     def _before(self, connection: Connection, _: object, statement: str, *_rest: object) -> None:
         self._meters[connection].statement_sent(statement, writes=writes(statement))
 

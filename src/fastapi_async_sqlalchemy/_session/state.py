@@ -62,6 +62,8 @@ class Shared:
 
     request: Callable[[], str | None] = _no_request
     """Returns the request that the current task serves, for log records."""
+    holders: Callable[[], tuple[str, ...]] = tuple
+    """Describes the units that hold a connection."""
 
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; a second call has no effect."""

@@ -271,6 +271,8 @@ def _translate(state: SessionState, error: BaseException) -> None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
     if isinstance(error, PoolTimeout):
         raise pool_timeout(state) from error
+    if isinstance(error, PoolTimeoutError) and not error.holders:
+        error._name_holders(state.shared.holders())
 
 
 def pool_timeout(state: SessionState) -> PoolTimeoutError:
@@ -278,4 +280,5 @@ def pool_timeout(state: SessionState) -> PoolTimeoutError:
     pools = [engine.pool for engine in state.shared.loops.engines]
     pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
     timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
-    return PoolTimeoutError(state.shared.name, timeout, pool_status(pool), remedy_for(state.outer_holds))
+    remedy, holders = remedy_for(state.outer_holds), state.shared.holders()
+    return PoolTimeoutError(state.shared.name, timeout, pool_status(pool), remedy, holders)

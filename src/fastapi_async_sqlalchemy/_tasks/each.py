@@ -78,6 +78,9 @@ class TaskUnits(Place[S_co]):
                 task.add_done_callback(self._end)
         return unit
 
+    def _units_inside(self) -> tuple[UnitOfWork[S_co], ...]:
+        return tuple(self._units.values())
+
     def _asked(self) -> UnitOfWork[S_co]:
         """Return the unit of the nearest task that has asked for one, by the context that a thread inherits.
 

@@ -81,6 +81,10 @@ class Opening:
             state.checkout = checkout
         meter.observers.tell("unit_opened", observed)
 
+    def holding(self) -> list[UnitMeter]:
+        """Return the meters of the units that hold a connection."""
+        return self._engines.holding()
+
     def change(self, given: tuple[Observer, ...]) -> tuple[Observer, ...]:
         """Replace the observers; return those that have come or gone."""
         before, after = ({id(one): one for one in several} for several in (self.observers, given))

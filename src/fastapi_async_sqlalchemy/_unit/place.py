@@ -38,6 +38,10 @@ class Place(Generic[S_co]):
         """Return the unit of the current task."""
         raise NotImplementedError
 
+    def _units_inside(self) -> tuple[UnitOfWork[S_co], ...]:
+        """Return the units of all tasks."""
+        return ()
+
 
 @define(eq=False, repr=False, weakref_slot=False)
 class NoUnit(Place[S_co]):

@@ -198,6 +198,9 @@ class UnitOfWork(Place[S_co]):
     def _here(self) -> Self:
         return self
 
+    def _units_inside(self) -> tuple[Self, ...]:
+        return (self,)
+
     def _join(self, block: JoinedBlock) -> None:
         """Record a block that joins the unit."""
         if self._joined is None:
@@ -317,6 +320,12 @@ def _require_function(hook: object) -> None:
     if not callable(hook):
         message = f"a hook must be a function, not {_safe_repr(hook)}."
         raise TypeError(message)
+
+
+def has_connection(unit: UnitOfWork[Any]) -> bool:
+    """Whether a unit holds a connection now."""
+    transaction = None if unit._watched is None else unit._watched.get_transaction()
+    return transaction is not None and bool(transaction._connections)
 
 
 def _begun(session: Session) -> bool:
