@@ -33,6 +33,7 @@ from fastapi_async_sqlalchemy import (
     Hook,
     InDoubtError,
     IsolationLevel,
+    LongHoldWarning,
     MissingSessionError,
     ObservedPool,
     ObservedTransaction,
@@ -709,6 +710,7 @@ class Watching(Observer):
         assert_type(unit.stats.waited, float)
         assert_type(unit.stats.held, float)
         assert_type(unit.stats.committing, float)
+        assert_type(unit.stats.last_statement, str)
 
     def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
         assert_type(transaction.outcome, TransactionOutcome)
@@ -726,6 +728,9 @@ def observing(pool: ObservedPool, unit: ObservedUnit, transaction: ObservedTrans
     assert_type(unit, ObservedUnit)
     assert_type(transaction, ObservedTransaction)
     assert_type(Observer(), Observer)
+    assert_type(LongHoldWarning(seconds=5), LongHoldWarning)
+    assert_type(LongHoldWarning(5.0).seconds, float)
+    app.add_middleware(OrderMiddleware, db_url="", observers=[LongHoldWarning(5)], server_timing=True)
     telemetry = OpenTelemetryObserver(
         pool_name=lambda pool: pool.database,
         tracer_provider=get_tracer_provider(),

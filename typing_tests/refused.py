@@ -39,6 +39,7 @@ from fastapi_async_sqlalchemy import (
     Hook,
     InDoubtError,
     IsolationLevel,
+    LongHoldWarning,
     MissingSessionError,
     ObservedPool,
     ObservedTransaction,
@@ -541,6 +542,8 @@ def for_audit(unit: UnitOfWork[AuditSession]) -> None:
 
 
 create_middleware_and_session_proxy(observers=[Observer])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+Middleware(SQLAlchemyMiddleware, server_timing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+LongHoldWarning(seconds="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 Middleware(SQLAlchemyMiddleware, observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 db.connect(url="", observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 orders.on_open(callback=for_audit)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
 from ._tasks.fan_out import UnitTaskGroup
+from ._telemetry.holding import LongHoldWarning
 from ._telemetry.observer import (
     ObservedPool,
     ObservedTransaction,
@@ -57,6 +58,7 @@ __all__ = [
     "Hook",
     "InDoubtError",
     "IsolationLevel",
+    "LongHoldWarning",
     "MissingSessionError",
     "ObservedPool",
     "ObservedTransaction",

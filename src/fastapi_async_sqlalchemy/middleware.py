@@ -16,7 +16,7 @@ from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
 from ._telemetry.logs import fields
-from ._telemetry.observer import observers_of
+from ._telemetry.observer import Observer, observers_of
 from ._unit.database import Database, S_co
 from ._unit.observing import observe, stop_observing
 from ._unit.place import NoUnit
@@ -27,6 +27,7 @@ from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
+from ._web.timing import TimedRequestUnit
 from .exceptions import ConfigurationError, PoolTimeoutError, _safe_repr
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ._arguments.keywords import EngineArgs, SessionArgs
-    from ._telemetry.observer import Observer
     from ._unit.place import Place
     from ._web.policy import CommitWhen
 
@@ -82,6 +82,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
         pool_warn_interval: seconds between two such WARNINGs.
         observers: are told what units do, until the lifespan ends.
+        server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -107,6 +108,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
         observers: Iterable[Observer] | None = None,
+        server_timing: bool = False,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
@@ -120,6 +122,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
         self._observers, self._observing = observers_of(observers), False
+        self._unit = self._unit_class(server_timing)
         self._session_args = session_arguments(session_args)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
@@ -133,6 +136,12 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             where="on an excluded path",
             remedy="take it off exclude_paths, or open `async with db():`",
         )
+
+    def _unit_class(self, server_timing: object) -> type[RequestUnit]:
+        if not boolean("server_timing", server_timing):
+            return RequestUnit
+        self._observers += (Observer(),)  # which has the unit's times measured
+        return TimedRequestUnit
 
     def _own_or_given(
         self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
@@ -178,7 +187,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._admission.serve(self, scope, receive, send)
             return
         outer = self._current.get()
-        unit = RequestUnit(outer, self._config, scope, self._policy, receive, send, self._bodies)
+        unit = self._unit(outer, self._config, scope, self._policy, receive, send, self._bodies)
         unit._outer_exception = sys.exception()
         unit._app = scope.get("app")  # read before a mounted application replaces it
         self._current.set(unit)

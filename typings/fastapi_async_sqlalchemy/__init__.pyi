@@ -52,6 +52,7 @@ __all__ = [
     "Hook",
     "InDoubtError",
     "IsolationLevel",
+    "LongHoldWarning",
     "MissingSessionError",
     "ObservedPool",
     "ObservedTransaction",
@@ -152,6 +153,7 @@ class UnitStats:
     waited: float
     held: float
     committing: float
+    last_statement: str
     def __init__(self, made_by_the_library: Never, /) -> None: ...
 
 class ObservedPool:
@@ -203,6 +205,12 @@ class Observer:
     def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None: ...
     def hooks_ran(self, unit: ObservedUnit, count: int, seconds: float) -> None: ...
     def unit_closed(self, unit: ObservedUnit) -> None: ...
+
+class LongHoldWarning(Observer):
+    seconds: float
+    def __init__(self, seconds: float) -> None: ...
+    def wait_ended(self, unit: ObservedUnit, seconds: float, error: BaseException | None) -> None: ...
+    def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None: ...
 
 class SessionArgs(TypedDict, total=False):
     autobegin: bool

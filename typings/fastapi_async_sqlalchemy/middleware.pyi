@@ -31,6 +31,7 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
         observers: Iterable[Observer] | None = None,
+        server_timing: bool = False,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 

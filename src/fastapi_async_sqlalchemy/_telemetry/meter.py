@@ -19,8 +19,6 @@ class UnitMeter:
 
     unit: ObservedUnit
     observers: Observers
-    statement: str = ""
-    """The text of the last statement, without its values."""
     held_since: float | None = None
     """When the current transaction got its connection, by the clock of ``perf_counter()``."""
     _wait_since: float = 0.0
@@ -48,9 +46,10 @@ class UnitMeter:
 
     def statement_sent(self, statement: str, *, writes: bool) -> None:
         """A statement is about to be sent."""
-        self.statement = statement
+        stats = self.unit.stats
+        stats.last_statement = statement
+        stats.statements += 1
         self._statements += 1
-        self.unit.stats.statements += 1
         self._wrote = self._wrote or writes
 
     def rows_counted(self, rows: int) -> None:
@@ -99,6 +98,11 @@ class UnitMeter:
         if not self._wrote and (committed or self._commit_since is None):
             return "only read"
         return "committed" if committed else "rolled back"
+
+    def held(self) -> float:
+        """Return the seconds for which connections were held, the current one included."""
+        now = perf_counter()
+        return self.unit.stats.held + now - (now if self.held_since is None else self.held_since)
 
     def hooks_ran(self, count: int, seconds: float) -> None:
         """Hooks for an outcome have run."""

@@ -35,6 +35,8 @@ class UnitStats:
     """Seconds of holding one, in transactions that have ended."""
     committing: float = 0.0
     """Seconds from the sending of COMMIT to the end of its transaction."""
+    last_statement: str = ""
+    """The text of the last statement, without its values."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -68,6 +70,10 @@ class ObservedUnit:
     place: str | None
     """The line of code that made its session, in asyncio's debug mode."""
     stats: UnitStats = Factory(UnitStats)
+
+    def __str__(self) -> str:
+        """Name the task and the request."""
+        return self.task if self.request is None else f"{self.task} ({self.request})"
 
 
 @frozen(kw_only=True, eq=False)

@@ -33,7 +33,8 @@ def holders(database: Database[Any], current: ContextVar[Place[Any]]) -> tuple[s
     for task in asyncio.all_tasks():
         for unit in _units_of(task, current):
             if has_connection(unit) and id(unit) not in found:
-                found[id(unit)] = _named(task_name(task), request_of(unit))
+                request = request_of(unit)
+                found[id(unit)] = task_name(task) + (f" ({request})" if request else "")
     return tuple(found.values())
 
 
@@ -45,11 +46,7 @@ def _units_of(task: asyncio.Task[Any], current: ContextVar[Place[Any]]) -> Itera
 
 def _described(meter: UnitMeter) -> str:
     unit = meter.unit
-    name = f"{_named(unit.task, unit.request)} for {perf_counter() - (meter.held_since or 0):.1f} s"
+    name = f"{unit} for {perf_counter() - (meter.held_since or 0):.1f} s"
     if unit.place is None:
         return name
-    return f"{name}, opened at {unit.place}, last statement {meter.statement!r}"
-
-
-def _named(task: str, request: str | None) -> str:
-    return task if request is None else f"{task} ({request})"
+    return f"{name}, opened at {unit.place}, last statement {unit.stats.last_statement!r}"
