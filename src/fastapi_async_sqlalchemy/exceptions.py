@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 
+_PAGE: Final = "https://github.com/h0rn3t/fastapi-async-sqlalchemy/blob/main/docs/errors.md"
 _ONE_TASK_AT_A_TIME: Final = (
     "run them by `db.gather(...)`, give each task a unit of its own with `async with db():` inside the task, "
     "or end one before the other"
@@ -50,6 +51,11 @@ class FastAPIAsyncSQLAlchemyError(Exception):
 
     Errors of the database and of SQLAlchemy pass through unchanged.
     """
+
+    def __str__(self) -> str:
+        """Return the message, and where to read more."""
+        name = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__)
+        return f"{super().__str__()}\n(Background on this error at: {_PAGE}#{name.lower()})"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle the message itself: the facts that it was built from are not kept."""

@@ -93,8 +93,12 @@ async def test_units_of_tasks(sqlite_url: str, judge_for: JudgeFor) -> None:
     """A unit of a block of `multi_sessions` is found, too."""
     async with open_observed(sqlite_url, judge_for, **TIGHT) as site, site.db(multi_sessions=True) as unit:
         await unit.session.scalar(select(Note.text))
+
+        async def read() -> None:
+            await site.db.session.scalar(select(Note.text))
+
         with pytest.raises(PoolTimeoutError) as raised:
-            await asyncio.create_task(site.db.session.scalar(select(Note.text)))
+            await asyncio.create_task(read())
         assert len(raised.value.holders) == 1
 
 

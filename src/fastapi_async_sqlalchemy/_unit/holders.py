@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from .._session.state import task_name
 from .observing import request_of
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .database import Database
     from .place import Place
 
+_TASKS: Final = 3
+"""How many tasks are named of those that have the same unit."""
+
 
 def holders(database: Database[Any], current: ContextVar[Place[Any]]) -> tuple[str, ...]:
     """Describe the units that hold a connection: observed ones, otherwise those that tasks have.
@@ -29,13 +32,15 @@ def holders(database: Database[Any], current: ContextVar[Place[Any]]) -> tuple[s
     opening = database.opening
     if opening is not None and opening.observers:
         return tuple(map(_described, opening.holding()))
-    found: dict[int, str] = {}
+    found: dict[int, list[str]] = {}
+    requests: dict[int, str] = {}
     for task in asyncio.all_tasks():
         for unit in _units_of(task, current):
-            if has_connection(unit) and id(unit) not in found:
+            if has_connection(unit):
+                found.setdefault(id(unit), []).append(task_name(task))  # a child task has its parent's unit
                 request = request_of(unit)
-                found[id(unit)] = task_name(task) + (f" ({request})" if request else "")
-    return tuple(found.values())
+                requests[id(unit)] = "" if request is None else f" ({request})"
+    return tuple(f"{' or '.join(sorted(tasks)[:_TASKS])}{requests[unit]}" for unit, tasks in found.items())
 
 
 def _units_of(task: asyncio.Task[Any], current: ContextVar[Place[Any]]) -> Iterator[UnitOfWork[Any]]:
