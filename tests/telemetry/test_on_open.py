@@ -94,7 +94,7 @@ async def later(_: Unit) -> None:
 @pytest.mark.parametrize("wrong", [3, later])
 def test_what_is_no_plain_function_is_refused(sqlite_worker: Site, wrong: Any) -> None:
     """A coroutine function would never be awaited."""
-    with pytest.raises(TypeError, match=r"on_open\(\) takes a plain function of a unit of work, not "):
+    with pytest.raises(TypeError, match="callback must be a plain function of a unit of work, not "):
         sqlite_worker.db.on_open(wrong)
 
 

@@ -141,7 +141,7 @@ def on_open(database: Database[Any], callback: OpenCallback) -> None:
     """Add a callback for each new unit of a database."""
     given: object = callback
     if not callable(given) or inspect.iscoroutinefunction(given):
-        message = f"on_open() takes a plain function of a unit of work, not {_safe_repr(callback)}."
+        message = f"callback must be a plain function of a unit of work, not {_safe_repr(callback)}."
         raise TypeError(message)
     opening = _opening_of(database)
     opening.callbacks += (callback,)
