@@ -1,6 +1,6 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
-from ._arguments.checks import IsolationLevel, Propagation
+from ._arguments.checks import Begin, IsolationLevel, Propagation
 from ._arguments.engines import pgbouncer_engine_args
 from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
@@ -32,6 +32,7 @@ from .exceptions import (
     PropagationError,
     ReadOnlyError,
     ReplicaLagError,
+    SandboxError,
     SessionNotInitialisedError,
     TransactionBegunError,
     UnexpectedRollbackError,
@@ -47,6 +48,7 @@ from .middleware import (
 __version__: str = "1.0.0.dev0"
 
 __all__ = [
+    "Begin",
     "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
@@ -72,6 +74,7 @@ __all__ = [
     "ReadOnlyError",
     "ReplicaLagError",
     "SQLAlchemyMiddleware",
+    "SandboxError",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",

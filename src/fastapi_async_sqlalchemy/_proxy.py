@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
@@ -18,9 +18,9 @@ from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co
 from ._unit.holders import holders
 from ._unit.observing import observe, on_open, request_here
-from ._unit.place import Handle, current_variable
+from ._unit.place import Handle, NoSignature, current_variable
+from ._unit.scope import UnitScope
 from ._unit.unit import UnitOfWork
-from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from ._arguments.checks import IsolationLevel, Propagation
+    from ._arguments.checks import Begin, IsolationLevel, Propagation
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
@@ -39,17 +39,8 @@ if TYPE_CHECKING:
     from ._unit.place import Place
 
 
-class _NoSignature:
-    """Descriptor that refuses the proxy's signature, so that frameworks cannot inject its arguments."""
-
-    def __get__(self, proxy: object, kind: type) -> NoReturn:
-        if proxy is None:
-            raise AttributeError
-        message = (
-            "Depends(db) would make the arguments of db() a part of the request: "
-            "write Depends(db.dependency), which gives the request's session."
-        )
-        raise ConfigurationError(message)
+_NOTHING: Final = (None,) * 7
+_NO_WAIT: Final = (None,) * 3
 
 
 class SessionProxy(Handle[S_co]):
@@ -60,7 +51,7 @@ class SessionProxy(Handle[S_co]):
     """
 
     __slots__ = ()
-    __signature__ = _NoSignature()
+    __signature__ = NoSignature()
 
     @property
     def session(self) -> S_co:
@@ -93,6 +84,7 @@ class SessionProxy(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -112,6 +104,8 @@ class SessionProxy(Handle[S_co]):
         an error has left the block.
 
         ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
+        Under PostgreSQL's ``begin="on_first_write"`` plain reads before the first other statement are sent
+        without a transaction.
         ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout. Under
         ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a separate unit,
         which is settled when the task ends. The end of the block waits for these tasks. At most
@@ -125,6 +119,12 @@ class SessionProxy(Handle[S_co]):
         Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
         argument, and on entry ``PropagationError``.
         """
+        given = session_args, read_only, isolation_level, deferrable, begin, max_concurrent, pool_timeout
+        waiting = wait_for, timeout, fallback
+        plain = given == _NOTHING and waiting == _NO_WAIT and propagation == "requires_new"
+        # the usual call is written out, because passing all of it on costs more than the unit
+        if plain and multi_sessions is False and (commit_on_exit is True or commit_on_exit is False):
+            return UnitScope(self._database.configs[commit_on_exit], self._current)
         return open_scope(
             self,
             session_args,
@@ -133,10 +133,11 @@ class SessionProxy(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             multi_sessions=multi_sessions,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
-            waiting=(wait_for, timeout, fallback),
+            waiting=waiting,
         )
 
     async def commit_position(self) -> WalPosition:
@@ -273,15 +274,27 @@ class SessionProxy(Handle[S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
-        ``observers`` are told what units do in the block.
-        Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry. ``observers``
+        are told what units do in the block. Raises ``ConfigurationError`` immediately,
+        ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args, observers=observers_of(observers))
+        return connect(
+            self,
+            self,
+            url,
+            engine_args,
+            session_args,
+            begin=begin,
+            pool_warm_up=pool_warm_up,
+            observers=observers_of(observers),
+        )
 
     def on_open(self, callback: Callable[[UnitOfWork[S_co]], object]) -> None:
         """Call a plain function with each new unit when it makes its session, from now on.

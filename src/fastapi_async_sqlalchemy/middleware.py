@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import boolean, mapping, paths
-from ._arguments.engines import async_engine, create_engine, holder, parse
+from ._arguments.checks import begin_of, boolean, mapping, paths
+from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
+from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
 from ._telemetry.logs import fields
 from ._telemetry.observer import Observer, observers_of
@@ -22,6 +23,7 @@ from ._unit.observing import observe, stop_observing
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
+from ._unit.warming import require_room, warm_up, warm_up_of
 from ._web.admission import admission, unavailable
 from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from ._arguments.checks import Begin
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._unit.place import Place
     from ._web.policy import CommitWhen
@@ -51,6 +54,8 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 _END_OF_LIFESPAN: Final = (
     "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
 )
+_BY_MESSAGE: Final = "open `async with db():` for each message"
+_NOT_EXCLUDED: Final = "take it off exclude_paths, or open `async with db():`"
 _LAST_LIFESPAN_MESSAGES: Final = frozenset(
     {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
 )
@@ -81,6 +86,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
         pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
         pool_warn_interval: seconds between two such WARNINGs.
+        begin: when units begin their transactions; None is as the pair.
+        pool_warm_up: how many connections are open when the application has started.
         observers: are told what units do, until the lifespan ends.
         server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
 
@@ -107,6 +114,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
         server_timing: bool = False,
     ) -> None:
@@ -124,17 +133,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._observers, self._observing = observers_of(observers), False
         self._unit = self._unit_class(server_timing)
         self._session_args = session_arguments(session_args)
+        self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()
-        self._in_websocket = NoUnit(
-            None, database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
-        )
+        self._in_websocket = NoUnit(None, database=database, where="in a WebSocket", remedy=_BY_MESSAGE)
         self._on_excluded_path = NoUnit(
-            None,
-            database=database,
-            where="on an excluded path",
-            remedy="take it off exclude_paths, or open `async with db():`",
+            None, database=database, where="on an excluded path", remedy=_NOT_EXCLUDED
         )
 
     def _unit_class(self, server_timing: object) -> type[RequestUnit]:
@@ -160,13 +165,16 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             if self._session_args:
                 message = "session_args go with an engine: give them to db.bind() or db.connect()."
                 raise ConfigurationError(message)
+            if self._transactions_begin is not None:
+                message = "begin goes with an engine: give it to db.connect(), or to the pair."
+                raise ConfigurationError(message)
             return None
         source, application = (parse("db_url", db_url), dict(engine_args)), _innermost(self.app)
         self._holder = evolve(self._holder, source=source, application=application)
         first = self._database.holder
         if first is not None and first.application is application and first.source == source:
             return self._database.engine  # the application has rebuilt its middleware stack
-        return create_engine("db_url", db_url, engine_args)
+        return make_engine("db_url", db_url, engine_args)
 
     def _begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
@@ -176,7 +184,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         if self._engine is None:
             self._database.watch_pool(self._warning)
         else:
-            self._database.take(self._engine, self._session_args, self._holder, self._warning)
+            require_room(self._engine, self._warm_up)
+            begin = self._transactions_begin
+            self._database.take(self._engine, self._session_args, self._holder, self._warning, begin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -241,13 +251,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         async def forward(message: Message) -> None:
             nonlocal answered
             answered = True
-            if message["type"] == "lifespan.startup.complete" and not self._database.connected:
-                error = (
-                    f"{self._database.name} has no engine though the application has started: give the "
-                    "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
-                    "`async with db.connect(url):` or `db.bind(engine)`."
-                )
-                raise ConfigurationError(error)
+            if message["type"] == "lifespan.startup.complete":
+                await self._start()
             if message["type"] in _LAST_LIFESPAN_MESSAGES:
                 await end()
             await send(message)
@@ -259,6 +264,17 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await end()
             if not answered:  # an application without a lifespan may still be served
                 self._database.watch_pool(self._warning)
+
+    async def _start(self) -> None:
+        """Require an engine, and open the connections that were requested."""
+        if not self._database.connected:
+            error = (
+                f"{self._database.name} has no engine though the application has started: give the "
+                "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
+                "`async with db.connect(url):` or `db.bind(engine)`."
+            )
+            raise ConfigurationError(error)
+        await warm_up(self._database.engine, self._warm_up)
 
     async def _end(self) -> None:
         """Release the engine; an error while disposing it is logged and not raised."""
@@ -303,6 +319,7 @@ def create_middleware_and_session_proxy(
     session_class: type[S_co] | None = None,
     *,
     read_only: bool = False,
+    begin: Begin | None = None,
     observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
@@ -310,14 +327,19 @@ def create_middleware_and_session_proxy(
     Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
-    suits a replica. ``observers`` are told what its units do.
+    suits a replica. ``begin`` is the default of all units: ``on_first_use`` or ``on_first_write``.
+    ``observers`` are told what they do.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or ``read_only`` not a bool.
+        ConfigurationError: an argument is wrong.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
-    settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
+    settings = PLAIN
+    if boolean("read_only", read_only):
+        settings = TransactionSettings(read_only=True)
+    if begin_of(begin) == "on_first_write":
+        settings = evolve(settings, begin=begin)
     database, current, proxy = new_database(session_class, settings, observers_of(observers))
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

@@ -153,6 +153,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SQLAlchemyMiddleware", "pool_warn_interval"): Argument(
         with_url("pool_warn_interval"), SECONDS - OPTIONAL
     ),
+    ("SQLAlchemyMiddleware", "begin"): Argument(with_url("begin"), OPTIONAL),
+    ("SQLAlchemyMiddleware", "pool_warm_up"): Argument(with_url("pool_warm_up"), COUNT),
     ("SQLAlchemyMiddleware", "observers"): Argument(with_url("observers"), OPTIONAL),
     ("SQLAlchemyMiddleware", "server_timing"): Argument(with_url("server_timing"), FLAG),
     ("create_middleware_and_session_proxy", "session_class"): Argument(
@@ -160,6 +162,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ),
     ("create_middleware_and_session_proxy", "read_only"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(read_only=value), FLAG
+    ),
+    ("create_middleware_and_session_proxy", "begin"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(begin=value), OPTIONAL
     ),
     ("create_middleware_and_session_proxy", "observers"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(observers=value), OPTIONAL
@@ -174,6 +179,7 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.__call__", "read_only"): Argument(of_db("__call__", "read_only"), OPTIONAL_FLAG),
     ("SessionProxy.__call__", "isolation_level"): Argument(of_db("__call__", "isolation_level"), OPTIONAL),
     ("SessionProxy.__call__", "deferrable"): Argument(of_db("__call__", "deferrable"), OPTIONAL_FLAG),
+    ("SessionProxy.__call__", "begin"): Argument(of_db("__call__", "begin"), OPTIONAL),
     ("SessionProxy.__call__", "multi_sessions"): Argument(of_db("__call__", "multi_sessions"), FLAG),
     ("SessionProxy.__call__", "max_concurrent"): Argument(in_tasks("max_concurrent"), COUNT),
     ("SessionProxy.__call__", "pool_timeout"): Argument(of_db("__call__", "pool_timeout"), SECONDS),
@@ -211,6 +217,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.connect", "url"): Argument(of_db("connect", "url"), NOTHING),
     ("SessionProxy.connect", "engine_args"): Argument(of_db("connect", "engine_args", GOOD), OPTIONAL),
     ("SessionProxy.connect", "session_args"): Argument(of_db("connect", "session_args", GOOD), OPTIONAL),
+    ("SessionProxy.connect", "begin"): Argument(of_db("connect", "begin", GOOD), OPTIONAL),
+    ("SessionProxy.connect", "pool_warm_up"): Argument(of_db("connect", "pool_warm_up", GOOD), COUNT),
     ("SessionProxy.connect", "observers"): Argument(of_db("connect", "observers", GOOD), OPTIONAL),
     ("SessionProxy.ping", "timeout"): Argument(of_db("ping", "timeout"), SECONDS - OPTIONAL),
     ("SessionProxy.on_open", "callback"): Argument(of_db("on_open", "callback"), FUNCTION),

@@ -13,11 +13,24 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import fastapi_async_sqlalchemy
-from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, opentelemetry, recovery
+from fastapi_async_sqlalchemy import (
+    EngineArgs,
+    SessionArgs,
+    exceptions,
+    middleware,
+    opentelemetry,
+    recovery,
+    testing,
+)
 from tests.support.declarations import classes, declared, drift, spelled
 
 FOLDER = Path(fastapi_async_sqlalchemy.__file__).parent
-STUBS = {path.stem: ast.parse(path.read_text("utf-8")) for path in FOLDER.glob("*.pyi")}
+STUBS = {
+    path.parent.name if path.parent != FOLDER and path.stem == "__init__" else path.stem: ast.parse(
+        path.read_text("utf-8")
+    )
+    for path in FOLDER.rglob("*.pyi")
+}
 SOURCES = {
     ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
     for path in FOLDER.rglob("*.py")
@@ -27,6 +40,7 @@ INFERRED = {
     "db",
     *(f"Observed{kind}.__init__" for kind in ("Pool", "Transaction", "Unit")),
     "PoolStatus.__init__",
+    "Sandbox.__init__",
     "Resolved.__init__",
     "SessionProxy.__init__",
     "UnitOfWork.__init__",
@@ -123,8 +137,10 @@ def test_every_public_module_has_a_stub_with_its_names() -> None:
         "middleware": middleware,
         "opentelemetry": opentelemetry,
         "recovery": recovery,
+        "testing": testing,
     }
-    assert modules.keys() == STUBS.keys() == {name for name in SOURCES if not re.match(r"_[a-z]", name)}
+    public = {name for name in SOURCES if not re.search(r"(^|\.)_[a-z]", name)}
+    assert modules.keys() == STUBS.keys() == public | {"testing"}
     for name, module in modules.items():
         assert dunder_all(STUBS[name]) == module.__all__
     assert (FOLDER / "py.typed").is_file()
@@ -211,6 +227,7 @@ def test_every_public_name_is_asserted() -> None:
         *fastapi_async_sqlalchemy.__all__,
         *opentelemetry.__all__,
         *recovery.__all__,
+        *testing.__all__,
         *members,
     } - asserted == set()
 
@@ -220,7 +237,11 @@ def is_typed_dict(node: ast.ClassDef) -> bool:
     return "TypedDict" in map(spelled, node.bases)
 
 
-CALLED = {"SessionProxy.__call__": "db", "SQLAlchemyMiddleware.__call__": "middleware"}
+CALLED = {
+    "SandboxedApp.__call__": "sandboxed",
+    "SessionProxy.__call__": "db",
+    "SQLAlchemyMiddleware.__call__": "middleware",
+}
 """What one calls in refused.py, where it is no method and no class."""
 
 

@@ -34,7 +34,7 @@ async def test_long_hold(
     logger, heard = logging.getLogger("fastapi_async_sqlalchemy"), Heard()
     logger.addHandler(heard)
     try:
-        async with open_observed(sqlite_url, judge_for, LongHoldWarning(0.01)) as site, site.db() as unit:
+        async with open_observed(sqlite_url, judge_for, LongHoldWarning(0.3)) as site, site.db() as unit:
             await unit.session.scalar(select(Note.text).where(Note.text == "secret"))
             await heard.event.wait()
             [complaint] = complaints(caplog)
@@ -42,7 +42,7 @@ async def test_long_hold(
         logger.removeHandler(heard)
     task = asyncio.current_task()
     assert task
-    assert f": task {task.get_name()!r} has held a connection for 0.01 seconds" in complaint
+    assert f": task {task.get_name()!r} has held a connection for 0.3 seconds" in complaint
     assert ("test_long_hold.py:" in complaint) is debug
     assert ("last statement 'SELECT note.text" in complaint) is debug
     assert "secret" not in complaint
@@ -53,13 +53,13 @@ async def test_long_hold(
 
 async def test_short_hold(sqlite_url: str, judge_for: JudgeFor, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is logged of transactions that end in time, and no timer is left."""
-    warning = LongHoldWarning(0.2)
+    warning = LongHoldWarning(0.5)
     async with open_observed(sqlite_url, judge_for, warning) as site, site.db() as unit:
         for _ in range(2):
             await unit.session.scalar(select(Note.text))
             await unit.commit()
         late = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.3, late.set)
+        asyncio.get_running_loop().call_later(0.7, late.set)
         await late.wait()
     assert complaints(caplog) == []
 

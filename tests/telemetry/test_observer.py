@@ -155,9 +155,7 @@ async def test_timed_out_wait(
 ) -> None:
     """A wait that ends without a connection tells the error that the caller gets."""
     tight = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
-    async with open_observed(sqlite_url, judge_for, recorder, **tight) as site, site.db() as outer:
-        await outer.session.scalar(select(Note.text))
-        recorder.moments.clear()
+    async with open_observed(sqlite_url, judge_for, recorder, **tight) as site, site.engine.connect():
         async with site.db(pool_timeout=pool_timeout) as unit:
             with pytest.raises(PoolTimeoutError) as raised:
                 await unit.session.scalar(select(Note.text))

@@ -26,6 +26,7 @@ from .exceptions import (
     PropagationError,
     ReadOnlyError,
     ReplicaLagError,
+    SandboxError,
     SessionNotInitialisedError,
     TransactionBegunError,
     UnexpectedRollbackError,
@@ -41,6 +42,7 @@ from .middleware import (
 __version__: str
 
 __all__ = [
+    "Begin",
     "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
@@ -66,6 +68,7 @@ __all__ = [
     "ReadOnlyError",
     "ReplicaLagError",
     "SQLAlchemyMiddleware",
+    "SandboxError",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",
@@ -100,6 +103,7 @@ Hook: TypeAlias = Callable[[], Awaitable[object] | object]
 WalPosition = NewType("WalPosition", str)
 BeginHook: TypeAlias = Callable[[Connection], object]
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
+Begin: TypeAlias = Literal["on_first_use", "on_first_write"]
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
 class EngineArgs(TypedDict, total=False):
@@ -310,6 +314,7 @@ class SessionProxy(Generic[_S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -561,6 +566,8 @@ class SessionProxy(Generic[_S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[_S_co], None]: ...
     def on_open(self, callback: Callable[[UnitOfWork[_S_co]], object]) -> None: ...

@@ -14,7 +14,7 @@ from attrs import Factory, define, field
 from sqlalchemy import event
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from .._dialects.statements import writes
+from .._dialects.statements import verb_of, writes
 from .checkout import Checkout, Limits
 from .turns import pool_timeout
 
@@ -54,7 +54,7 @@ class ObservedEngines:
         return sorted(meters, key=lambda meter: meter.held_since or 0.0)
 
     def _before(self, connection: Connection, _: object, statement: str, *_rest: object) -> None:
-        self._meters[connection].statement_sent(statement, writes=writes(statement))
+        self._meters[connection].statement_sent(statement, writes=writes(statement, verb_of(statement)))
 
     def _after(self, connection: Connection, cursor: DBAPICursor, *_: object) -> None:
         self._meters[connection].rows_counted(cursor.rowcount)

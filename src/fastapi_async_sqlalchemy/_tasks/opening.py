@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._arguments.checks import boolean, mapping, propagation_of
-from .._arguments.engines import create_engine, holder
-from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
+from .._arguments.checks import begin_of, boolean, mapping, propagation_of
+from .._arguments.engines import holder
+from .._arguments.keywords import session_arguments
+from .._cluster.replica import Replay, ReplicaScope, replay, require_postgresql, written_position
+from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
@@ -18,6 +20,7 @@ from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
 from .._unit.unit import UnitOfWork
+from .._unit.warming import require_room, warm_up, warm_up_of
 from ..exceptions import ConfigurationError, TransactionBegunError
 from .each import TaskUnitsScope
 from .fan_out import open_connection
@@ -29,13 +32,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from starlette.requests import HTTPConnection
 
-    from .._arguments.checks import IsolationLevel, Propagation
+    from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
     from .._telemetry.observer import Observer
     from .._unit.database import S_co
 
 P = TypeVar("P")
+
+_FALLBACK: Final = "fallback must be the primary's proxy, which has an engine of its own."
 
 
 def open_scope(
@@ -47,6 +52,7 @@ def open_scope(
     read_only: bool | None,
     isolation_level: IsolationLevel | None,
     deferrable: bool | None,
+    begin: Begin | None,
     multi_sessions: bool,
     max_concurrent: int | None,
     pool_timeout: float | None,
@@ -56,65 +62,77 @@ def open_scope(
     if commit_on_exit is not False and commit_on_exit is not True:
         boolean("commit_on_exit", commit_on_exit)
     database, make, limits = handle._database, None, None
-    settings = database.settings
-    if not (read_only is None and isolation_level is None and deferrable is None):
-        settings = transaction_settings(read_only, isolation_level, deferrable, settings)
-    if session_args is not None or settings is not database.settings:
-        make = database.maker(session_args, settings)
+    settings, wait = database.settings, None
+    if not (read_only is None and isolation_level is None and deferrable is None and begin is None):
+        settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
+    if propagation != "requires_new":
+        propagation_of(propagation)
+    for_each_task = multi_sessions is not False or max_concurrent is not None
+    if for_each_task:
+        _check_for_each_task(multi_sessions, propagation, waiting)
+    elif waiting != (None, None, None):
+        wait = _check_waiting(handle, propagation, waiting)
+    if session_args is not None:
+        # an empty mapping is no argument
+        session_args = cast("SessionArgs", session_arguments(session_args)) or None
+    if session_args or settings is not database.settings:
+        make = database.maker(session_args, settings)
     config = database.configs[commit_on_exit]
     if make or limits:
         config = UnitConfig(database, settings, make, limits, commit_on_exit)
     new = UnitScope(config, handle._current)
-    if multi_sessions is not False or max_concurrent is not None:
-        return _for_each_task(new, multi_sessions, propagation, waiting)
-    if waiting != (None, None, None):
-        return _on_replica(handle, new, session_args, propagation, waiting)
-    if propagation == "requires_new":
-        return new
-    return PropagatingScope(new, propagation_of(propagation), session_args is not None)
+    if for_each_task:
+        return TaskUnitsScope(new)
+    if wait is not None:
+        return _on_replica(handle, new, session_args, wait, waiting[2])
+    return new if propagation == "requires_new" else PropagatingScope(new, propagation, bool(session_args))
 
 
-def _for_each_task(
-    new: UnitScope[S_co],
+def _check_for_each_task(
     multi_sessions: bool,  # noqa: FBT001  # validated in the body
     propagation: Propagation,
     waiting: tuple[object, object, object],
-) -> TaskUnitsScope[S_co]:
+) -> None:
     if not boolean("multi_sessions", multi_sessions):
         message = "max_concurrent goes with multi_sessions=True: one session has one connection."
         raise ConfigurationError(message)
-    if propagation_of(propagation) != "requires_new":
+    if propagation != "requires_new":
         message = f"multi_sessions=True opens units of its own: leave propagation={propagation!r} out."
         raise ConfigurationError(message)
     if any(one is not None for one in waiting):
         message = "wait_for, timeout and fallback are for one unit: leave multi_sessions=True out."
         raise ConfigurationError(message)
-    return TaskUnitsScope(new)
+
+
+def _check_waiting(
+    handle: Handle[Any], propagation: Propagation, waiting: tuple[object, object, object]
+) -> Replay:
+    position, timeout, fallback = waiting
+    if propagation != "requires_new":
+        message = f"wait_for opens a unit of its own: leave propagation={propagation!r} out."
+        raise ConfigurationError(message)
+    wait = replay(handle._database.name, position, timeout)
+    if not (fallback is None or isinstance(fallback, Handle)) or fallback is handle:
+        raise ConfigurationError(_FALLBACK)
+    return wait
 
 
 def _on_replica(
     handle: Handle[S_co],
     new: UnitScope[S_co],
     session_args: SessionArgs | None,
-    propagation: Propagation,
-    waiting: tuple[object, object, object],
+    wait: Replay,
+    fallback: object,
 ) -> ReplicaScope[S_co]:
-    position, timeout, fallback = waiting
-    if propagation_of(propagation) != "requires_new":
-        message = f"wait_for opens a unit of its own: leave propagation={propagation!r} out."
-        raise ConfigurationError(message)
     database = handle._database
-    wait = replay(database.name, database.engine, position, timeout)
+    require_postgresql("wait_for", database.engine)
     primary = None
-    if fallback is not None:
-        primary_engine: AsyncEngine | None = None
-        if isinstance(fallback, Handle):
-            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
-        if primary_engine is None or primary_engine is database.engine:
-            message = "fallback must be the primary's proxy, which has an engine of its own."
-            raise ConfigurationError(message)
+    if isinstance(fallback, Handle):
+        primary_engine: AsyncEngine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  # for mypy a cast is redundant
+        if primary_engine is database.engine:
+            raise ConfigurationError(_FALLBACK)
         settings = evolve(new.config.settings, read_only=True)
         require_postgresql("fallback", primary_engine)
         make = database.maker(session_args, settings, primary_engine)
@@ -162,18 +180,32 @@ def connect(
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
     *,
+    begin: Begin | None,
+    pool_warm_up: int | None,
     observers: tuple[Observer, ...],
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
+    begin, count = begin_of(begin), warm_up_of(pool_warm_up)
+    session_arguments(session_args)
     if isinstance(url, AsyncEngine):
         if mapping("engine_args", engine_args):
             message = "engine_args go with a URL: an engine has its own already."
             raise ConfigurationError(message)
         engine = url
     else:
-        engine = create_engine("url", url, engine_args)
-    handle._database.check(engine, session_args)
-    return Connected(result, handle._database, engine, session_args, observers, owned=engine is not url)
+        engine = make_engine("url", url, engine_args)
+    require_room(engine, count)
+    handle._database.check(engine, session_args, begin)
+    return Connected(
+        result,
+        handle._database,
+        engine,
+        session_args,
+        observers,
+        owned=engine is not url,
+        begin=begin,
+        warm_up=count,
+    )
 
 
 @define(eq=False, repr=False)
@@ -186,12 +218,19 @@ class Connected(Generic[P]):
     session_args: SessionArgs | None
     observers: tuple[Observer, ...]
     owned: bool
+    begin: Begin | None
+    warm_up: int
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
-        self.database.bind(self.engine, self.session_args, by)
+        self.database.bind(self.engine, self.session_args, by, self.begin)
         if self.observers:
             observe(self.database, self.observers)
+        try:
+            await warm_up(self.engine, self.warm_up)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self.proxy
 
     async def __aexit__(

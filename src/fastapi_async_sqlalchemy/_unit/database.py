@@ -7,7 +7,7 @@ import importlib.util
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
+    from .._arguments.checks import Begin
     from .._dialects.begin import TransactionSettings
     from .._session.checkout import Limits
     from .._session.state import StatefulSession
@@ -59,6 +60,8 @@ class Database(Generic[S_co]):
     _declared: type[S_co] | None
     settings: TransactionSettings = PLAIN
     """The default settings of its units' transactions."""
+    begin: Begin | None = None
+    """When transactions on the engine in use begin, if whoever bound it has said so."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
@@ -111,16 +114,27 @@ class Database(Generic[S_co]):
             raise SessionNotInitialisedError(self.name)
         return self._engine
 
-    def bind(self, engine: AsyncEngine, session_args: object = None, by: Holder | None = None) -> None:
+    def bind(
+        self,
+        engine: AsyncEngine,
+        session_args: object = None,
+        by: Holder | None = None,
+        begin: Begin | None = None,
+    ) -> None:
         """Bind an engine, with the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
         arguments that do not fit a session.
         """
-        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher)
+        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher, begin)
 
     def take(
-        self, engine: AsyncEngine, session_args: object, by: Holder, watcher: PoolWatcher | None
+        self,
+        engine: AsyncEngine,
+        session_args: object,
+        by: Holder,
+        watcher: PoolWatcher | None,
+        begin: Begin | None,
     ) -> None:
         """Bind an engine, with the watcher of its pool."""
         arguments = session_arguments(session_args)
@@ -130,7 +144,8 @@ class Database(Generic[S_co]):
             first = self.holder
             facts = (str(first), first.remedy) if first is not None else ()
             raise EngineAlreadyBoundError(self.name, *facts)
-        self._make = self._maker(engine, arguments, self.settings)
+        self._make = self._maker(engine, arguments, _beginning(self.settings, begin))
+        self.begin = begin
         self._engine, self._live, self.holder, self._session_args = engine, True, by, arguments
         self._variants.clear()
         self._watch.name = self._label()
@@ -169,6 +184,7 @@ class Database(Generic[S_co]):
             self.opening.unbind()
         self._watch.engine = None
         self._engine, self._live, self.holder, self._make = None, False, None, None
+        self.begin = None
         self._variants.clear()
         self._watch.name = self._label()
 
@@ -187,16 +203,21 @@ class Database(Generic[S_co]):
         """
         if session_args is None and engine is None:
             if settings not in self._variants:
-                self._variants[settings] = self._maker(self.engine, self._session_args, settings)
+                effective = self.effective(settings)
+                self._variants[settings] = self._maker(self.engine, self._session_args, effective)
             return self._variants[settings]
         if engine is not None:
             self._watch.listen(engine.sync_engine)
         arguments = self._session_args | session_arguments(session_args)
-        return self._maker(engine or self.engine, arguments, settings)
+        return self._maker(engine or self.engine, arguments, self.effective(settings))
 
-    def check(self, engine: AsyncEngine, session_args: object) -> None:
+    def effective(self, settings: TransactionSettings) -> TransactionSettings:
+        """Return settings with the default of the engine in use for what they leave open."""
+        return _beginning(settings, self.begin)
+
+    def check(self, engine: AsyncEngine, session_args: object, begin: Begin | None) -> None:
         """Raise ``ConfigurationError`` for arguments that ``bind()`` would refuse."""
-        self._maker(engine, session_arguments(session_args), self.settings)
+        self._maker(engine, session_arguments(session_args), _beginning(self.settings, begin))
 
     def _maker(
         self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
@@ -210,7 +231,7 @@ class Database(Generic[S_co]):
         _apply_twophase(settings, engine, keywords)
         require_fitting(class_, base, engine, keywords)
         route = None
-        if settings is not PLAIN:
+        if settings.reads_alone or not settings.as_always:
             route = SettingsRoute(settings, self._watch, engine.sync_engine)
             for bind in (engine, *binds):
                 route.require(bind)  # refuses settings that the database does not have
@@ -252,6 +273,11 @@ class UnitConfig(Generic[S_co]):
     limits: Limits | None = None
     commit_on_exit: bool = False
     """Whether the end of a unit commits; units of child tasks inherit it by default."""
+
+
+def _beginning(settings: TransactionSettings, begin: Begin | None) -> TransactionSettings:
+    """Return settings whose transactions begin by default when ``begin`` says."""
+    return settings if begin is None or settings.begin is not None else evolve(settings, begin=begin)
 
 
 def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords: dict[str, Any]) -> None:
