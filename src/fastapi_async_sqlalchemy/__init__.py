@@ -9,6 +9,15 @@ from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
 from ._tasks.fan_out import UnitTaskGroup
+from ._telemetry.holding import LongHoldWarning
+from ._telemetry.observer import (
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
+    TransactionOutcome,
+    UnitStats,
+)
 from ._unit.unit import UnitOfWork
 from ._web.policy import CommitWhen
 from .exceptions import (
@@ -51,7 +60,12 @@ __all__ = [
     "Hook",
     "InDoubtError",
     "IsolationLevel",
+    "LongHoldWarning",
     "MissingSessionError",
+    "ObservedPool",
+    "ObservedTransaction",
+    "ObservedUnit",
+    "Observer",
     "PartialCommitError",
     "PoolStatus",
     "PoolTimeoutError",
@@ -65,9 +79,11 @@ __all__ = [
     "SessionNotInitialisedError",
     "SessionProxy",
     "TransactionBegunError",
+    "TransactionOutcome",
     "UnexpectedRollbackError",
     "UnitClosedError",
     "UnitOfWork",
+    "UnitStats",
     "UnitTaskGroup",
     "WalPosition",
     "add_pool_timeout_handler",

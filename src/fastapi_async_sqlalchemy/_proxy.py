@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
 
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
@@ -9,16 +10,19 @@ from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluate
 from ._arguments.engines import async_engine
 from ._session.checkout import pool_status
 from ._tasks.fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
+from ._tasks.health import ping
 from ._tasks.opening import commit_position, connect, open_scope, session_of_request
 from ._tasks.transactional import F, decorator
+from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co, default_session_class
-from ._unit.place import Handle, current_variable
+from ._unit.holders import holders
+from ._unit.observing import observe, on_open, request_here
+from ._unit.place import Handle, NoSignature, current_variable
 from ._unit.scope import UnitScope
 from ._unit.unit import UnitOfWork
-from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
     from contextlib import AbstractAsyncContextManager
     from contextvars import ContextVar
 
@@ -30,24 +34,12 @@ if TYPE_CHECKING:
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
+    from ._telemetry.observer import Observer
     from ._unit.place import Place
 
 
 _NOTHING: Final = (None,) * 7
 _NO_WAIT: Final = (None,) * 3
-
-
-class _NoSignature:
-    """Descriptor that refuses the proxy's signature, so that frameworks cannot inject its arguments."""
-
-    def __get__(self, proxy: object, kind: type) -> NoReturn:
-        if proxy is None:
-            raise AttributeError
-        message = (
-            "Depends(db) would make the arguments of db() a part of the request: "
-            "write Depends(db.dependency), which gives the request's session."
-        )
-        raise ConfigurationError(message)
 
 
 class SessionProxy(Handle[S_co]):
@@ -58,7 +50,7 @@ class SessionProxy(Handle[S_co]):
     """
 
     __slots__ = ()
-    __signature__ = _NoSignature()
+    __signature__ = NoSignature()
 
     @property
     def session(self) -> S_co:
@@ -267,6 +259,14 @@ class SessionProxy(Handle[S_co]):
         """
         return pool_status(self._database.engine.sync_engine.pool)
 
+    async def ping(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109  # for each of its two parts
+        """Check a connection out and send a statement, to learn whether the database answers.
+
+        It needs no unit and opens none. After ``timeout`` seconds it raises ``PoolTimeoutError`` if no
+        connection came free, otherwise Python's ``TimeoutError``; other errors are the driver's.
+        """
+        await ping(self._database, timeout)
+
     def connect(
         self,
         url: str | URL | AsyncEngine,
@@ -275,14 +275,33 @@ class SessionProxy(Handle[S_co]):
         session_args: SessionArgs | None = None,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
+        observers: Iterable[Observer] | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
-        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry.
-        Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry. ``observers``
+        are told what units do in the block. Raises ``ConfigurationError`` immediately,
+        ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args, begin=begin, pool_warm_up=pool_warm_up)
+        return connect(
+            self,
+            self,
+            url,
+            engine_args,
+            session_args,
+            begin=begin,
+            pool_warm_up=pool_warm_up,
+            observers=observers_of(observers),
+        )
+
+    def on_open(self, callback: Callable[[UnitOfWork[S_co]], object]) -> None:
+        """Call a plain function with each new unit when it makes its session, from now on.
+
+        The function may register hooks, or add to ``unit.info``. An error in it reaches the code that asked
+        for the session, and leaves the unit without one.
+        """
+        on_open(self._database, callback)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.
@@ -316,9 +335,15 @@ DBSessionMeta: TypeAlias = SessionProxy
 
 
 def new_database(
-    session_class: type[S_co] | None, settings: TransactionSettings
+    session_class: type[S_co] | None,
+    settings: TransactionSettings,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
     """Create a database, the variable of its current unit, and its proxy."""
     database: Database[S_co] = Database(session_class, settings)
     current = current_variable(database)
+    database.shared.request = partial(request_here, current)
+    database.shared.holders = partial(holders, database, current)
+    if observers:
+        observe(database, observers)
     return database, current, SessionProxy(database, current, current.get)

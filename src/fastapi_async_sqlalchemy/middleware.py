@@ -16,7 +16,10 @@ from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
+from ._telemetry.logs import fields
+from ._telemetry.observer import Observer, observers_of
 from ._unit.database import Database, S_co
+from ._unit.observing import observe, stop_observing
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
@@ -26,6 +29,7 @@ from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
+from ._web.timing import TimedRequestUnit
 from .exceptions import ConfigurationError, PoolTimeoutError, _safe_repr
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 _END_OF_LIFESPAN: Final = (
     "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
 )
+_BY_MESSAGE: Final = "open `async with db():` for each message"
+_NOT_EXCLUDED: Final = "take it off exclude_paths, or open `async with db():`"
 _LAST_LIFESPAN_MESSAGES: Final = frozenset(
     {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
 )
@@ -82,6 +88,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: seconds between two such WARNINGs.
         begin: when units begin their transactions; None is as the pair.
         pool_warm_up: how many connections are open when the application has started.
+        observers: are told what units do, until the lifespan ends.
+        server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -108,6 +116,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: float = 60.0,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
+        observers: Iterable[Observer] | None = None,
+        server_timing: bool = False,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
@@ -120,20 +130,23 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
+        self._observers, self._observing = observers_of(observers), False
+        self._unit = self._unit_class(server_timing)
         self._session_args = session_arguments(session_args)
         self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()
-        self._in_websocket = NoUnit(
-            None, database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
-        )
+        self._in_websocket = NoUnit(None, database=database, where="in a WebSocket", remedy=_BY_MESSAGE)
         self._on_excluded_path = NoUnit(
-            None,
-            database=database,
-            where="on an excluded path",
-            remedy="take it off exclude_paths, or open `async with db():`",
+            None, database=database, where="on an excluded path", remedy=_NOT_EXCLUDED
         )
+
+    def _unit_class(self, server_timing: object) -> type[RequestUnit]:
+        if not boolean("server_timing", server_timing):
+            return RequestUnit
+        self._observers += (Observer(),)  # which has the unit's times measured
+        return TimedRequestUnit
 
     def _own_or_given(
         self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
@@ -165,6 +178,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
 
     def _begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
+        if self._observers and not self._observing:
+            self._observing = True
+            observe(self._database, self._observers)
         if self._engine is None:
             self._database.watch_pool(self._warning)
         else:
@@ -181,7 +197,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._admission.serve(self, scope, receive, send)
             return
         outer = self._current.get()
-        unit = RequestUnit(outer, self._config, scope, self._policy, receive, send, self._bodies)
+        unit = self._unit(outer, self._config, scope, self._policy, receive, send, self._bodies)
         unit._outer_exception = sys.exception()
         unit._app = scope.get("app")  # read before a mounted application replaces it
         self._current.set(unit)
@@ -267,7 +283,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             try:
                 await self._database.release(self._engine, owned=self._owned)
             except Exception:
-                logger.exception("The engine of %s could not be disposed.", self._database.name)
+                name = self._database.name
+                logger.exception("The engine of %s could not be disposed.", name, extra=fields(name))
+        if self._observing:
+            self._observing = False
+            stop_observing(self._database, self._observers)
 
 
 def _application(app: object) -> object:
@@ -309,7 +329,11 @@ async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
 
 
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None, *, read_only: bool = False, begin: Begin | None = None
+    session_class: type[S_co] | None = None,
+    *,
+    read_only: bool = False,
+    begin: Begin | None = None,
+    observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
 
@@ -317,6 +341,7 @@ def create_middleware_and_session_proxy(
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
     suits a replica. ``begin`` is the default of all units: ``on_first_use`` or ``on_first_write``.
+    ``observers`` are told what they do.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -328,6 +353,6 @@ def create_middleware_and_session_proxy(
         settings = TransactionSettings(read_only=True)
     if begin_of(begin) == "on_first_write":
         settings = evolve(settings, begin=begin)
-    database, current, proxy = new_database(session_class, settings)
+    database, current, proxy = new_database(session_class, settings, observers_of(observers))
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

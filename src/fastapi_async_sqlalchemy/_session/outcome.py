@@ -225,7 +225,7 @@ def _end_root(session: StatefulSession, state: SessionState) -> None:
         for block in state.joined:
             block.broken = block.broken or block.elsewhere()
     if state.checkout is not None:
-        state.checkout.after_operation(session)
+        state.checkout.after_transaction(session, committed=committed, unknown=unknown)
     if state.hooks is not None:
         if unknown:
             state.hooks.drop()

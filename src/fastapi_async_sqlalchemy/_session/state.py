@@ -16,6 +16,7 @@ from sqlalchemy.util import await_only
 
 from .._dialects.interruption import end_statement, may_be_in_use, statement_end
 from .._dialects.statements import READS, verb_of
+from .._telemetry.logs import fields
 from .ledger import BLANK, Ledger
 from .loops import Loops
 
@@ -24,11 +25,16 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
+    from .._telemetry.observer import TransactionOutcome
     from .checkout import Checkout, Route
     from .hooks import Hooks, RunningHook
     from .streams import ConnectionStream, Stream
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+def _no_request() -> None:
+    return None
 
 
 @define(eq=False, repr=False)
@@ -59,9 +65,23 @@ class Shared:
     )
     """For each task, the task that waits for its end, such as the caller of ``db.gather()``."""
 
+    request: Callable[[], str | None] = _no_request
+    """Returns the request that the current task serves, for log records."""
+    holders: Callable[[], tuple[str, ...]] = tuple
+    """Describes the units that hold a connection."""
+
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; a second call has no effect."""
         raise NotImplementedError
+
+    def fields(
+        self,
+        unit: int | None = None,
+        outcome: TransactionOutcome | None = None,
+        statements: int | None = None,
+    ) -> dict[str, object]:
+        """Return the fields of a log record."""
+        return fields(self.name, unit=unit, request=self.request(), outcome=outcome, statements=statements)
 
     def session_of(self, connection: Connection) -> StatefulSession | None:
         """Return the session that currently uses a connection."""
@@ -222,7 +242,7 @@ class SessionState:
             self.ledger = Ledger()
         return self.ledger
 
-    def note_error(self, context: ExceptionContext) -> None:
+    def note_error(self, context: ExceptionContext, unit: int) -> None:
         """Record a statement's error, or an interrupted COMMIT."""
         committing, self.committing = self.committing, False
         statement = context.statement
@@ -234,6 +254,7 @@ class SessionState:
                 "is discarded; look the data up before repeating the work.",
                 self.shared.name,
                 type(context.original_exception).__name__,
+                extra=self.shared.fields(unit, "unknown", self.ledger.written),
             )
 
 

@@ -132,7 +132,7 @@ class Watch(Shared):
             after_the_check = state.committing and context.statement is not None
             if state.committing and not after_the_check:
                 note_committed(session)
-            state.note_error(context)
+            state.note_error(context, session.hash_key)
             if after_the_check:
                 check_again(session)
             if is_transaction_lost(context):

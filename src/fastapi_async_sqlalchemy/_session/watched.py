@@ -124,7 +124,9 @@ def reset(session: StatefulSession) -> None:
     """Reset a session, with a WARNING about discarded writes: callers often do not expect that."""
     state = session._fastapi_async_sqlalchemy
     if has_written(session):
-        logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(session))
+        written = state.ledger.written
+        extra = state.shared.fields(session.hash_key, "rolled back", written)
+        logger.warning(_CLOSED, state.shared.name, written, pending(session), extra=extra)
     decide_rollback(session)
     try:
         Session.reset(session)

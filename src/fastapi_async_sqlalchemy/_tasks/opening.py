@@ -15,6 +15,7 @@ from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
+from .._unit.observing import observe, stop_observing
 from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
+    from .._telemetry.observer import Observer
     from .._unit.database import S_co
 
 P = TypeVar("P")
@@ -195,6 +197,7 @@ def connect(
     *,
     begin: Begin | None,
     pool_warm_up: int | None,
+    observers: tuple[Observer, ...],
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
     begin, count = begin_of(begin), warm_up_of(pool_warm_up)
@@ -213,6 +216,7 @@ def connect(
         handle._database,
         engine,
         session_args,
+        observers,
         owned=engine is not url,
         begin=begin,
         warm_up=count,
@@ -227,6 +231,7 @@ class Connected(Generic[P]):
     database: Database[Any]
     engine: AsyncEngine
     session_args: SessionArgs | None
+    observers: tuple[Observer, ...]
     owned: bool
     begin: Begin | None
     warm_up: int
@@ -234,6 +239,8 @@ class Connected(Generic[P]):
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
         self.database.bind(self.engine, self.session_args, by, self.begin)
+        if self.observers:
+            observe(self.database, self.observers)
         try:
             await warm_up(self.engine, self.warm_up)
         except BaseException as error:
@@ -248,3 +255,4 @@ class Connected(Generic[P]):
             await self.database.release(self.engine, owned=self.owned)
         finally:
             self.database.unbind()
+            stop_observing(self.database, self.observers)
