@@ -6,10 +6,10 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Literal, Self, assert_type, overload
 
 from fastapi import Depends, FastAPI
-from sqlalchemy import URL, Connection, NullPool, func, select, text
+from sqlalchemy import URL, Connection, NullPool, func, inspect, select, text
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, raiseload
 from sqlmodel import Field, SQLModel
 from sqlmodel import select as sqlmodel_select
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
@@ -32,6 +32,7 @@ from fastapi_async_sqlalchemy import (
     InDoubtError,
     IsolationLevel,
     MissingSessionError,
+    ModelSession,
     PartialCommitError,
     PoolStatus,
     PoolTimeoutError,
@@ -49,6 +50,7 @@ from fastapi_async_sqlalchemy import (
     UnitOfWork,
     UnitTaskGroup,
     WalPosition,
+    WrongDatabaseError,
     add_pool_timeout_handler,
     atomic,
     create_middleware_and_session_proxy,
@@ -97,6 +99,31 @@ class ReplicaSession(AsyncSession):
     """The session class of the orders' replica."""
 
 
+class StockBase(DeclarativeBase):
+    """The models of a database of its own."""
+
+
+class Item(StockBase):
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Bolt(Item):
+    """A model that inherits from another one."""
+
+
+class StockSession(ModelSession[StockBase]):
+    """The session class of that database, which takes its models alone."""
+
+
+class EveryModelSession(ModelSession[Base | StockBase]):
+    """A session class that takes the models of two bases."""
+
+
+class HeroModelSession(ModelSession[SQLModel], SQLModelSession):
+    """A session class of SQLModel's, which takes its models alone."""
+
+
 # One pair for each database; its session class is its type.
 
 OrderMiddleware, orders = create_middleware_and_session_proxy(OrderSession)
@@ -104,6 +131,7 @@ AuditMiddleware, audit = create_middleware_and_session_proxy(session_class=Audit
 HeroMiddleware, heroes = create_middleware_and_session_proxy(HeroSession)
 SQLModelMiddleware, sqlmodel_db = create_middleware_and_session_proxy(SQLModelSession)
 PlainMiddleware, plain = create_middleware_and_session_proxy()
+StockMiddleware, stock = create_middleware_and_session_proxy(StockSession)
 ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession, read_only=True)
 assert_type(OrderMiddleware, type[SQLAlchemyMiddleware[OrderSession]])
 assert_type(HeroMiddleware, type[SQLAlchemyMiddleware[HeroSession]])
@@ -298,6 +326,46 @@ async def proxies() -> None:
         assert_type(await charge(unit, "Ada"), Order)
     report = orders(propagation="required", read_only=True, isolation_level="SERIALIZABLE", deferrable=True)
     assert_type(report, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+
+
+# A session that takes the models of its own database alone.
+
+
+def keep(session: ModelSession[Item], item: Item) -> None:
+    assert_type(session, ModelSession[Item])
+    session.add(item)
+
+
+async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
+    session = stock.session
+    keep(session, Bolt())
+    keep(every, Item())
+    assert_type(session.add(Item()), None)
+    assert_type(session.add_all([Item(), Bolt()]), None)
+    session.add_all(bolt for bolt in [Bolt()])
+    assert_type(await session.delete(Bolt()), None)
+    assert_type(await session.refresh(Item(), ["id"], with_for_update=True), None)
+    assert_type(session.expire(Item(), ["id"]), None)
+    assert_type(session.expunge(Item()), None)
+    assert_type(await session.get(Item, 1), Item | None)
+    assert_type(await session.get(Bolt, {"id": 1}, populate_existing=True), Bolt | None)
+    assert_type(await session.get(inspect(Item), 1, execution_options={"yield_per": 1}), Item | None)
+    assert_type(
+        await session.get_one(Bolt, 1, options=[raiseload("*")], with_for_update={"nowait": True}), Bolt
+    )
+    assert_type(await session.merge(Bolt()), Bolt)
+    assert_type(Item() in session, bool)
+    assert_type(await every.get(Order, 1), Order | None)
+    assert_type(await every.get(Bolt, 1), Bolt | None)
+    every.add_all([Order(customer="Ada"), Item()])
+    assert_type(await hero.get(Hero, 1), Hero | None)
+    assert_type((await hero.exec(sqlmodel_select(Hero))).first(), Hero | None)
+    await first_order(stock)
+    wrong = WrongDatabaseError(database="stock", fact="Order is", bases=["StockBase"], owner=None)
+    assert_type(wrong, WrongDatabaseError)
+    assert_type(wrong.owner, str | None)
+    type_error: TypeError = wrong
+    raise type_error
 
 
 # A replica: its units stay its own, wherever they are opened.

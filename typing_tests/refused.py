@@ -4,7 +4,10 @@ from collections.abc import AsyncIterator
 
 from inferred import (
     AuditSession,
+    EveryModelSession,
     Hero,
+    HeroModelSession,
+    Item,
     Order,
     OrderMiddleware,
     OrderService,
@@ -21,6 +24,7 @@ from inferred import (
     orders,
     place,
     replica,
+    stock,
 )
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import Engine
@@ -57,6 +61,7 @@ from fastapi_async_sqlalchemy import (
     UnitOfWork,
     UnitTaskGroup,
     WalPosition,
+    WrongDatabaseError,
     add_pool_timeout_handler,
     atomic,
     create_middleware_and_session_proxy,
@@ -196,6 +201,51 @@ async def proxies() -> None:
         pass
     async with db.connect("x") as unit:
         unit.commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+# A model of another database.
+
+
+def order_session(session: OrderSession) -> None: ...
+
+
+async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
+    session = stock.session
+    session.add(instance=Order())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add(Item)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add("item")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add(Item(), _warn="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add_all(instances=[Item(), Order()])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    session.add_all(Item())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.delete(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(Item(), attribute_names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(Item(), with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expire(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expire(Item(), attribute_names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expunge(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(entity=Order, ident=1, identity_token=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item(), 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, populate_existing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, execution_options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(entity=Order, ident=1, identity_token=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, populate_existing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, execution_options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    every.add(Hero(id=1, name="Ada"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await every.get(Hero, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    hero.add(Item())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await hero.get(Item, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    order_session(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+WrongDatabaseError(database=5, fact="x", bases=["x"], owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact=5, bases=["x"], owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact="x", bases=5, owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact="x", bases=["x"], owner=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 # A replica: a position is no text of any kind, and a fallback is a proxy.

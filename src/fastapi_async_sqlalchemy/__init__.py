@@ -8,6 +8,7 @@ from ._cluster.replica import WalPosition
 from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
+from ._session.models import ModelSession
 from ._tasks.fan_out import UnitTaskGroup
 from ._unit.unit import UnitOfWork
 from ._web.policy import CommitWhen
@@ -27,6 +28,7 @@ from .exceptions import (
     TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
+    WrongDatabaseError,
 )
 from .middleware import (
     SQLAlchemyMiddleware,
@@ -50,6 +52,7 @@ __all__ = [
     "InDoubtError",
     "IsolationLevel",
     "MissingSessionError",
+    "ModelSession",
     "PartialCommitError",
     "PoolStatus",
     "PoolTimeoutError",
@@ -67,6 +70,7 @@ __all__ = [
     "UnitOfWork",
     "UnitTaskGroup",
     "WalPosition",
+    "WrongDatabaseError",
     "add_pool_timeout_handler",
     "atomic",
     "create_middleware_and_session_proxy",

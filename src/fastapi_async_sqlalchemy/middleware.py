@@ -15,6 +15,7 @@ from ._arguments.engines import async_engine, create_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._proxy import SessionProxy, new_database
+from ._session.models import models_of
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
@@ -291,6 +292,7 @@ def create_middleware_and_session_proxy(
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
+        models_of(session_class)
     settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
     database, current, proxy = new_database(session_class, settings)
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}

@@ -1,16 +1,18 @@
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import ModuleType, TracebackType
-from typing import Any, Generic, Literal, Never, NewType, Self, TypeAlias, TypedDict, overload
+from typing import Any, Generic, Literal, Never, NewType, Protocol, Self, TypeAlias, TypedDict, overload
 
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Mapper, Query, Session
+from sqlalchemy.orm.interfaces import ORMOption
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.sql.schema import Table
+from sqlalchemy.sql.selectable import ForUpdateParameter
 from starlette.requests import HTTPConnection
 from typing_extensions import TypeVar
 
@@ -30,6 +32,7 @@ from .exceptions import (
     TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
+    WrongDatabaseError,
 )
 from .middleware import (
     SQLAlchemyMiddleware,
@@ -53,6 +56,7 @@ __all__ = [
     "InDoubtError",
     "IsolationLevel",
     "MissingSessionError",
+    "ModelSession",
     "PartialCommitError",
     "PoolStatus",
     "PoolTimeoutError",
@@ -70,6 +74,7 @@ __all__ = [
     "UnitOfWork",
     "UnitTaskGroup",
     "WalPosition",
+    "WrongDatabaseError",
     "add_pool_timeout_handler",
     "atomic",
     "create_middleware_and_session_proxy",
@@ -79,6 +84,11 @@ __all__ = [
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
+_B = TypeVar("_B")
+_B_co = TypeVar("_B_co", covariant=True)
+_B_contra = TypeVar("_B_contra", contravariant=True)
+_M = TypeVar("_M")
+_M_co = TypeVar("_M_co", covariant=True)
 _T = TypeVar("_T")
 _T1 = TypeVar("_T1")
 _T2 = TypeVar("_T2")
@@ -153,6 +163,55 @@ class SessionArgs(TypedDict, total=False):
     query_cls: type[Query[Any]]
     sync_session_class: type[Session]
     twophase: bool
+
+# A class of models that are both: the first overload tells which, the second what they must be.
+class _Entity(Protocol[_M_co, _B_co]):
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> _M_co: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> _B_co: ...  # type: ignore[overload-cannot-match]  # pyright: ignore[reportOverlappingOverload]  # on purpose
+
+# Each method takes less than SQLAlchemy's does, on purpose: hence the ignores. What is generic in `self` is
+# compatible to pyright, also where SQLModel's session class is the second base.
+class ModelSession(AsyncSession, Generic[_B_contra]):
+    @overload  # type: ignore[override]
+    def add(self: ModelSession[_B], instance: _B, *, _warn: bool = True) -> None: ...
+    @overload
+    def add(self: ModelSession[_B], instance: _B, _warn: bool = True) -> None: ...  # SQLAlchemy 2.0's
+    def add_all(self: ModelSession[_B], instances: Iterable[_B]) -> None: ...  # type: ignore[override]
+    async def delete(self: ModelSession[_B], instance: _B) -> None: ...  # type: ignore[override]
+    async def refresh(  # type: ignore[override]
+        self: ModelSession[_B],
+        instance: _B,
+        attribute_names: Iterable[str] | None = None,
+        with_for_update: ForUpdateParameter = None,
+    ) -> None: ...
+    def expunge(self: ModelSession[_B], instance: _B) -> None: ...  # type: ignore[override]
+    def expire(  # type: ignore[override]
+        self: ModelSession[_B], instance: _B, attribute_names: Iterable[str] | None = None
+    ) -> None: ...
+    async def get(  # type: ignore[override]
+        self: ModelSession[_B],
+        entity: _Entity[_M, _B] | Mapper[_M],
+        ident: Any,
+        *,
+        options: Sequence[ORMOption] | None = None,
+        populate_existing: bool | None = ...,
+        with_for_update: ForUpdateParameter = None,
+        identity_token: Any | None = None,
+        execution_options: Mapping[str, Any] = ...,
+    ) -> _M | None: ...
+    async def get_one(  # type: ignore[override]
+        self: ModelSession[_B],
+        entity: _Entity[_M, _B] | Mapper[_M],
+        ident: Any,
+        *,
+        options: Sequence[ORMOption] | None = None,
+        populate_existing: bool | None = ...,
+        with_for_update: ForUpdateParameter = None,
+        identity_token: Any | None = None,
+        execution_options: Mapping[str, Any] = ...,
+    ) -> _M: ...
 
 class PoolStatus(Mapping[str, str | int | float | None]):
     def __init__(

@@ -20,6 +20,7 @@ __all__ = [
     "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
+    "WrongDatabaseError",
 ]
 
 class FastAPIAsyncSQLAlchemyError(Exception): ...
@@ -41,6 +42,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None: ...
+
+class WrongDatabaseError(FastAPIAsyncSQLAlchemyError, TypeError):
+    def __init__(self, database: str, fact: str, bases: Sequence[str], owner: str | None) -> None: ...
+    owner: str | None
 
 class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
     def __init__(self, database: str, reason: str, remedy: str | None = None) -> None: ...

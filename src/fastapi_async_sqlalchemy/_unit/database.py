@@ -15,6 +15,7 @@ from .._arguments.engines import Holder, holder, place_of
 from .._arguments.keywords import require_fitting, session_arguments
 from .._dialects.begin import PLAIN, require_read_only_twophase
 from .._session.loops import running_loop
+from .._session.models import models_of
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 from .settings import SettingsRoute
@@ -208,7 +209,8 @@ class Database(Generic[S_co]):
         for bind in binds:
             self._watch.listen(bind.sync_engine)
         resets_on_close = keywords.pop("close_resets_only", True)
-        keywords |= {"close_resets_only": False, "sync_session_class": self._watch.session_class(base)}
+        watched = self._watch.session_class(base, models_of(class_))
+        keywords |= {"close_resets_only": False, "sync_session_class": watched}
 
         create = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
         if route is None and resets_on_close:
