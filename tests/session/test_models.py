@@ -292,6 +292,19 @@ async def test_union_of_bases(sqlite_url: str) -> None:
         assert await unit.session.get(Entry, 1) is not None
 
 
+async def test_two_session_classes_of_one_database(sqlite_url: str) -> None:
+    """Where a unit has another session class, each session is asked what it takes."""
+    _, shop = create_middleware_and_session_proxy(ShopSession)
+    inside = select(Order.id).where(Order.id.in_(select(Entry.id)))
+    async with shop.connect(sqlite_url), shop(session_args={"class_": BothSession}) as unit:
+        await unit.session.run_sync(lambda sync: ShopBase.metadata.create_all(sync.connection()))
+        assert (await unit.session.execute(inside)).all() == []
+        async with shop() as narrow:
+            with pytest.raises(WrongDatabaseError, match="'entries' is the table of Entry"):
+                await narrow.session.execute(inside)
+        assert (await unit.session.execute(inside)).all() == []
+
+
 async def test_generic_class_between(sqlite_url: str) -> None:
     """A generic class between passes its parameter on."""
     _, shop = create_middleware_and_session_proxy(OfShop)

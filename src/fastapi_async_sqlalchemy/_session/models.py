@@ -78,12 +78,16 @@ class Models:
             raise self._error(session, f"{model.__name__} is a model of {_base_of(model)}", model)
         self.known.add(entity)
 
+    def decided(self, compiled: Compiled | None) -> bool:
+        """Whether a compiled statement is known to have no table of another database."""
+        return getattr(compiled, _ATTRIBUTE, None) is self
+
     def require_statement(self, compiled: Compiled, session: StatefulSession) -> None:
         """Raise ``WrongDatabaseError`` for a statement with a table that belongs to another database.
 
         A compiled statement is kept by SQLAlchemy, and so is the decision.
         """
-        if getattr(compiled, _ATTRIBUTE, None) is self:
+        if self.decided(compiled):
             return
         state: object = getattr(compiled, "compile_state", None)  # with joins that loader options have added
         statement: ClauseElement | None = getattr(state, "statement", compiled.statement)

@@ -35,6 +35,8 @@ class Watch(Shared):
     )
     guarded: dict[type[Session], Models] = Factory(dict["type[Session]", "Models"])
     """The watched classes that take certain models alone."""
+    models: Models | None = None
+    """The models of all those classes, unless they differ: then each statement's session is looked up."""
 
     def session_class(self, base: type[Session], models: Models | None) -> type[WatchedSession]:
         """Return the watched subclass of a ``sync_session_class``, for sessions that take certain models."""
@@ -43,6 +45,7 @@ class Watch(Shared):
             self.classes[key] = watched = watched_class(base, self, models)
             if models is not None:
                 models.pairs.add(self)
+                self.models = models if not self.guarded or self.models is models else None
                 self.guarded[watched] = models
         return self.classes[key]
 
@@ -65,7 +68,7 @@ class Watch(Shared):
     def _do_execute(
         self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
     ) -> None:
-        if self.guarded:
+        if self.guarded and (self.models is None or not self.models.decided(context.compiled)):
             self._require_own(context)
         options = context.execution_options
         if "stream_results" in options or "yield_per" in options:
