@@ -145,7 +145,7 @@ assert_type(ReplicaMiddleware, type[SQLAlchemyMiddleware[ReplicaSession]])
 assert_type(replica, SessionProxy[ReplicaSession])
 assert_type(db, SessionProxy[AsyncSession])
 assert_type(
-    create_middleware_and_session_proxy(None, read_only=False),
+    create_middleware_and_session_proxy(None, read_only=False, commit_on_exit=True),
     tuple[type[SQLAlchemyMiddleware[AsyncSession]], SessionProxy[AsyncSession]],
 )
 
@@ -324,6 +324,16 @@ async def proxies() -> None:
     async with orders(session_args={"expire_on_commit": True}, commit_on_exit=True) as unit:
         assert_type(unit, UnitOfWork[OrderSession])
         assert_type(await charge(unit, "Ada"), Order)
+    async with orders.begin(session_args={"autoflush": False}, read_only=True, pool_timeout=1) as unit:
+        assert_type(unit, UnitOfWork[OrderSession])
+    assert_type(orders.begin(), AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    by_task = orders.per_task(max_concurrent=3, commit_on_exit=True)
+    assert_type(by_task, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    assert_type(orders.per_task(), AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    assert_type(await orders.create_all(Base.metadata), None)
+    assert_type(await orders.drop_all(SQLModel.metadata), None)
+    assert_type(await orders.unit_dependency(), UnitOfWork[OrderSession])
+    assert_type(await orders.dependency(), OrderSession)
     report = orders(propagation="required", read_only=True, isolation_level="SERIALIZABLE", deferrable=True)
     assert_type(report, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
 
@@ -376,14 +386,14 @@ async def replicas(header: str) -> None:
     assert_type(position, WalPosition)
     assert_type(await orders.commit_position(), WalPosition)
     text_for_a_cookie: str = position
-    waiting = replica(wait_for=position, timeout=1, fallback=orders)
+    waiting = replica.after(position, timeout=1, fallback=orders)
     assert_type(waiting, AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
-    async with replica(
-        wait_for=WalPosition(header or text_for_a_cookie), timeout=None, fallback=None
-    ) as unit:
+    async with replica.after(WalPosition(header or text_for_a_cookie), fallback=None) as unit:
         assert_type(unit, UnitOfWork[ReplicaSession])
         assert_type(unit.session, ReplicaSession)
-    assert_type(replica(wait_for=None), AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    stable = replica.after(position, isolation_level="REPEATABLE READ", pool_timeout=1, session_args=None)
+    assert_type(stable, AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    assert_type(replica.after(position), AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
     late = ReplicaLagError(database="replica", position=position, replayed=None, timeout=0.5)
     assert_type(late.position, str)
     assert_type(late.replayed, str | None)

@@ -135,6 +135,7 @@ create_middleware_and_session_proxy(session_class=Session)  # type: ignore[type-
 create_middleware_and_session_proxy(session_class=AuditSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(AuditSession, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 create_middleware_and_session_proxy(AuditSession, read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 narrower: SessionProxy[OrderSession] = db  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
@@ -203,6 +204,33 @@ async def proxies() -> None:
         unit.commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
+# Blocks by their own names.
+
+
+async def blocks() -> None:
+    db.begin(session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(propagation="reqired")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(max_concurrent="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.create_all(metadata=Order)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.drop_all(metadata=Order)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.unit_dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connect("x", commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(commit_on_exit=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    db.per_task(propagation="required")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with db.begin():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+
+
 # A model of another database.
 
 
@@ -252,18 +280,22 @@ WrongDatabaseError(database="x", fact="x", bases=["x"], owner=5)  # type: ignore
 
 
 async def replicas(position: WalPosition) -> None:
-    db(wait_for="0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=orders.commit_position())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, fallback=orders.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, fallback="primary")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after("0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(orders.commit_position())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position="0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, fallback=orders.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, fallback="primary")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     replica(wait_fr=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    orders.connection(wait_for=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    orders.transactional(wait_for=position)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    db(wait_for=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    orders.connection(position=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     orders.commit_position()  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await orders.commit_position(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    async with replica(wait_for=position, fallback=orders) as unit:
+    async with replica.after(position, fallback=orders) as unit:
         await charge(unit, "Ada")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 

@@ -69,7 +69,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         custom_engine: the caller's own engine.
         engine_args: for ``create_async_engine()``, with ``db_url``.
         session_args: for the sessions; ``class_`` is the session class.
-        commit_on_exit: commit a response whose status is below 400, unless an exception is being handled.
+        commit_on_exit: commit a response whose status is below 400, unless an exception is being handled;
+            the default is that of the pair.
         exclude_paths: paths, exactly as requested, that get no unit of work.
         commit_when: a function that replaces that rule: it gets status and exception, and returns whether
             to commit.
@@ -94,7 +95,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         custom_engine: AsyncEngine | None = None,
         engine_args: EngineArgs | Mapping[str, object] | None = None,
         session_args: SessionArgs | Mapping[str, object] | None = None,
-        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the order of release 0.8
+        commit_on_exit: bool | None = None,  # noqa: FBT001  # the order of release 0.8
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
@@ -107,7 +108,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
-        self._policy = commit_policy(commit_on_exit, commit_when)
+        commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
+        self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
@@ -278,22 +280,23 @@ async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
 
 
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None, *, read_only: bool = False
+    session_class: type[S_co] | None = None, *, read_only: bool = False, commit_on_exit: bool = False
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
 
     Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
-    suits a replica.
+    suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or ``read_only`` not a bool.
+        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or a flag is not a bool.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
         models_of(session_class)
     settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
-    database, current, proxy = new_database(session_class, settings)
+    commits = boolean("commit_on_exit", commit_on_exit)
+    database, current, proxy = new_database(session_class, settings, commit_on_exit=commits)
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

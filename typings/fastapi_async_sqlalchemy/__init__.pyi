@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, A
 from sqlalchemy.orm import Mapper, Query, Session
 from sqlalchemy.orm.interfaces import ORMOption
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
-from sqlalchemy.sql.schema import Table
+from sqlalchemy.sql.schema import MetaData, Table
 from sqlalchemy.sql.selectable import ForUpdateParameter
 from starlette.requests import HTTPConnection
 from typing_extensions import TypeVar
@@ -286,7 +286,7 @@ class SessionProxy(Generic[_S_co]):
     def __call__(
         self,
         session_args: SessionArgs | None = None,
-        commit_on_exit: bool = False,
+        commit_on_exit: bool | None = None,
         *,
         propagation: Propagation = "requires_new",
         read_only: bool | None = None,
@@ -295,9 +295,37 @@ class SessionProxy(Generic[_S_co]):
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
-        wait_for: WalPosition | None = None,
-        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def begin(
+        self,
+        *,
+        session_args: SessionArgs | None = None,
+        propagation: Propagation = "requires_new",
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        pool_timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def per_task(
+        self,
+        *,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        pool_timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def after(
+        self,
+        position: WalPosition,
+        *,
+        timeout: float = 1.0,
         fallback: SessionProxy[AsyncSession] | None = None,
+        session_args: SessionArgs | None = None,
+        isolation_level: IsolationLevel | None = None,
+        pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
     async def commit_position(self) -> WalPosition: ...
     def connection(
@@ -534,7 +562,10 @@ class SessionProxy(Generic[_S_co]):
         deferrable: bool | None = None,
         retries: int = 0,
     ) -> Callable[[_F], _F]: ...
-    async def dependency(self, connection: HTTPConnection) -> _S_co: ...
+    async def dependency(self, connection: HTTPConnection = ...) -> _S_co: ...
+    async def unit_dependency(self, connection: HTTPConnection = ...) -> UnitOfWork[_S_co]: ...
+    async def create_all(self, metadata: MetaData) -> None: ...
+    async def drop_all(self, metadata: MetaData) -> None: ...
     def pool_status(self) -> PoolStatus: ...
     def connect(
         self,
@@ -542,6 +573,7 @@ class SessionProxy(Generic[_S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        commit_on_exit: bool | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[_S_co], None]: ...
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None: ...
     def unbind(self) -> None: ...

@@ -22,7 +22,7 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         custom_engine: AsyncEngine | None = None,
         engine_args: EngineArgs | Mapping[str, object] | None = None,
         session_args: SessionArgs | Mapping[str, object] | None = None,
-        commit_on_exit: bool = False,
+        commit_on_exit: bool | None = None,
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
@@ -35,7 +35,7 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
 
 def add_pool_timeout_handler(app: Starlette) -> None: ...
 def create_middleware_and_session_proxy(
-    session_class: type[_S_co] | None = None, *, read_only: bool = False
+    session_class: type[_S_co] | None = None, *, read_only: bool = False, commit_on_exit: bool = False
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]

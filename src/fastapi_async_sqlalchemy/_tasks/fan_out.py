@@ -69,7 +69,7 @@ def _children_of(
         boolean("commit_on_exit", commit_on_exit)
     _ = database.engine
     found = open_unit(current)
-    config = database.configs[False] if found is None else found._config
+    config = database.configs[database.commit_on_exit] if found is None else found._config
     if config.settings.twophase:  # each of the children ends separately
         config = evolve(config, make=None, settings=database.settings)
     if session_args is not None:

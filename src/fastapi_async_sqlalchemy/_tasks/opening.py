@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .._arguments.checks import IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
+    from .._dialects.begin import TransactionSettings
     from .._unit.database import S_co
 
 P = TypeVar("P")
@@ -39,21 +40,22 @@ P = TypeVar("P")
 def open_scope(
     handle: Handle[S_co],
     session_args: SessionArgs | None,
-    commit_on_exit: bool,  # noqa: FBT001  # validated in the body
+    commit_on_exit: bool | None,  # noqa: FBT001  # validated in the body
     *,
-    propagation: Propagation,
-    read_only: bool | None,
-    isolation_level: IsolationLevel | None,
-    deferrable: bool | None,
-    multi_sessions: bool,
-    max_concurrent: int | None,
-    pool_timeout: float | None,
-    waiting: tuple[object, object, object],
+    propagation: Propagation = "requires_new",
+    read_only: bool | None = None,
+    isolation_level: IsolationLevel | None = None,
+    deferrable: bool | None = None,
+    multi_sessions: bool = False,
+    max_concurrent: int | None = None,
+    pool_timeout: float | None = None,
 ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
-    """Return the block for ``db(...)``; ``waiting`` is its wait_for, timeout and fallback."""
-    if commit_on_exit is not False and commit_on_exit is not True:
-        boolean("commit_on_exit", commit_on_exit)
+    """Return the block for ``db(...)``, ``db.begin(...)`` and ``db.per_task(...)``."""
     database, make, limits = handle._database, None, None
+    if commit_on_exit is None:
+        commit_on_exit = database.commit_on_exit
+    elif commit_on_exit is not False and commit_on_exit is not True:
+        boolean("commit_on_exit", commit_on_exit)
     settings = database.settings
     if not (read_only is None and isolation_level is None and deferrable is None):
         settings = transaction_settings(read_only, isolation_level, deferrable, settings)
@@ -66,9 +68,7 @@ def open_scope(
         config = UnitConfig(database, settings, make, limits, commit_on_exit)
     new = UnitScope(config, handle._current)
     if multi_sessions is not False or max_concurrent is not None:
-        return _for_each_task(new, multi_sessions, propagation, waiting)
-    if waiting != (None, None, None):
-        return _on_replica(handle, new, session_args, propagation, waiting)
+        return _for_each_task(new, multi_sessions, propagation)
     if propagation == "requires_new":
         return new
     return PropagatingScope(new, propagation_of(propagation), session_args is not None)
@@ -78,34 +78,40 @@ def _for_each_task(
     new: UnitScope[S_co],
     multi_sessions: bool,  # noqa: FBT001  # validated in the body
     propagation: Propagation,
-    waiting: tuple[object, object, object],
 ) -> TaskUnitsScope[S_co]:
     if not boolean("multi_sessions", multi_sessions):
-        message = "max_concurrent goes with multi_sessions=True: one session has one connection."
+        message = "max_concurrent is for tasks with a unit each: write `db.per_task(max_concurrent=...)`."
         raise ConfigurationError(message)
     if propagation_of(propagation) != "requires_new":
         message = f"multi_sessions=True opens units of its own: leave propagation={propagation!r} out."
         raise ConfigurationError(message)
-    if any(one is not None for one in waiting):
-        message = "wait_for, timeout and fallback are for one unit: leave multi_sessions=True out."
-        raise ConfigurationError(message)
     return TaskUnitsScope(new)
 
 
-def _on_replica(
+def open_after(
     handle: Handle[S_co],
-    new: UnitScope[S_co],
+    position: object,
+    timeout: object,
+    fallback: object,
+    *,
     session_args: SessionArgs | None,
-    propagation: Propagation,
-    waiting: tuple[object, object, object],
+    isolation_level: IsolationLevel | None,
+    pool_timeout: float | None,
 ) -> ReplicaScope[S_co]:
-    position, timeout, fallback = waiting
-    if propagation_of(propagation) != "requires_new":
-        message = f"wait_for opens a unit of its own: leave propagation={propagation!r} out."
-        raise ConfigurationError(message)
-    database = handle._database
+    """Return the block for ``db.after(...)``."""
+    database, limits = handle._database, None
+    settings = transaction_settings(None, isolation_level, None, database.settings)
     wait = replay(database.name, database.engine, position, timeout)
-    primary = None
+    if pool_timeout is not None:
+        limits = limits_of("pool_timeout", pool_timeout, None, database.shared)
+
+    def scope(settings: TransactionSettings, engine: AsyncEngine | None) -> UnitScope[S_co]:
+        make = database.maker(session_args, settings, engine)
+        return UnitScope(
+            UnitConfig(database, settings, make, limits, database.commit_on_exit), handle._current
+        )
+
+    new, primary = scope(settings, None), None
     if fallback is not None:
         primary_engine: AsyncEngine | None = None
         if isinstance(fallback, Handle):
@@ -113,10 +119,8 @@ def _on_replica(
         if primary_engine is None or primary_engine is database.engine:
             message = "fallback must be the primary's proxy, which has an engine of its own."
             raise ConfigurationError(message)
-        settings = evolve(new.config.settings, read_only=True)
         require_postgresql("fallback", primary_engine)
-        make = database.maker(session_args, settings, primary_engine)
-        primary = UnitScope(UnitConfig(database, settings, make, new.config.limits), handle._current)
+        primary = scope(evolve(settings, read_only=True), primary_engine)
     return ReplicaScope(new, wait, primary)
 
 
@@ -137,20 +141,22 @@ async def commit_position(handle: Handle[Any]) -> WalPosition:
         return await written_position(session)
 
 
-async def session_of_request(handle: Handle[S_co], connection: HTTPConnection) -> S_co:
-    """Return the session of a request's unit; see ``SessionProxy.dependency()``."""
+async def unit_of_request(handle: Handle[S_co], connection: HTTPConnection | None) -> UnitOfWork[S_co]:
+    """Return the unit of a request, or the current one; see ``SessionProxy.unit_dependency()``."""
+    if connection is None:
+        return handle._current.get()._here()
     for place in around(handle._current.get()):  # a unit opened earlier is not the request's
         if isinstance(place, UnitOfWork) and place._belongs_to(connection.scope):
             own: UnitOfWork[S_co] = place
-            return own.session
+            return own
     stack: AsyncExitStack | None = connection.scope.get("fastapi_function_astack")
     if stack is None or connection.scope["type"] != "http":
-        return handle._current.get().session
+        return handle._current.get()._here()
     opened: UnitOfWork[S_co] = await stack.enter_async_context(
         UnitScope(handle._database.configs[True], handle._current)
     )
     opened._scope = connection.scope
-    return opened.session
+    return opened
 
 
 def connect(
@@ -159,6 +165,8 @@ def connect(
     url: str | URL | AsyncEngine,
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
+    *,
+    commit_on_exit: bool | None,
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
     if isinstance(url, AsyncEngine):
@@ -168,8 +176,10 @@ def connect(
         engine = url
     else:
         engine = create_engine("url", url, engine_args)
-    handle._database.check(engine, session_args)
-    return Connected(result, handle._database, engine, session_args, owned=engine is not url)
+    database = handle._database
+    database.check(engine, session_args)
+    commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
+    return Connected(result, database, engine, session_args, owned=engine is not url, commit_on_exit=commits)
 
 
 @define(eq=False, repr=False)
@@ -181,10 +191,13 @@ class Connected(Generic[P]):
     engine: AsyncEngine
     session_args: SessionArgs | None
     owned: bool
+    commit_on_exit: bool
+    """Whether blocks commit by default as long as the engine is used."""
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
         self.database.bind(self.engine, self.session_args, by)
+        self.database.commit_on_exit, self.commit_on_exit = self.commit_on_exit, self.database.commit_on_exit
         return self.proxy
 
     async def __aexit__(
@@ -194,3 +207,4 @@ class Connected(Generic[P]):
             await self.database.release(self.engine, owned=self.owned)
         finally:
             self.database.unbind()
+            self.database.commit_on_exit = self.commit_on_exit

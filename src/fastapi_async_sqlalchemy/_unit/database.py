@@ -59,6 +59,8 @@ class Database(Generic[S_co]):
     _declared: type[S_co] | None
     settings: TransactionSettings = PLAIN
     """The default settings of its units' transactions."""
+    commit_on_exit: bool = False
+    """Whether the end of a block commits by default."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
