@@ -56,6 +56,7 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
     db,
     pgbouncer_engine_args,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
@@ -177,6 +178,7 @@ session_args = SessionArgs(
 )
 assert_type(engine_args, EngineArgs)
 assert_type(pgbouncer_engine_args(), EngineArgs)
+assert_type(violated_constraint(ValueError()), str | None)
 behind_pgbouncer: EngineArgs = {**pgbouncer_engine_args(timeout=5), "pool_size": 5}
 assert_type(engine_args.get("pool_timeout", 30.0), float)
 assert_type(engine_args.get("echo"), bool | Literal["debug"] | None)

@@ -67,6 +67,7 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
     db,
     pgbouncer_engine_args,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 
@@ -304,6 +305,7 @@ ReplicaLagError(database=5, position="0/1", replayed=None, timeout=1)  # type: i
 ReplicaLagError(database="replica", position=5, replayed=None, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=5, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=None, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+violated_constraint(error="duplicate key")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 pgbouncer_engine_args({"timeout": 5})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 

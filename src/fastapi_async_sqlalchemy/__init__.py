@@ -5,6 +5,7 @@ from ._arguments.engines import pgbouncer_engine_args
 from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
 from ._cluster.replica import WalPosition
+from ._dialects.constraints import violated_constraint
 from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
@@ -76,4 +77,5 @@ __all__ = [
     "create_middleware_and_session_proxy",
     "db",
     "pgbouncer_engine_args",
+    "violated_constraint",
 ]

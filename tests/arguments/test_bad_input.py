@@ -32,6 +32,7 @@ from fastapi_async_sqlalchemy import (
     atomic,
     create_middleware_and_session_proxy,
     recovery,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy._arguments.engines import place_of
 
@@ -171,6 +172,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
         lambda pair, value: create_middleware_and_session_proxy(commit_on_exit=value), FLAG
     ),
     ("atomic", "databases"): Argument(lambda pair, value: atomic(pair[1], value), NOTHING),
+    ("violated_constraint", "error"): Argument(
+        lambda pair, value: violated_constraint(value), frozenset({"an error"})
+    ),
     ("add_pool_timeout_handler", "app"): Argument(
         lambda pair, value: add_pool_timeout_handler(value), NOTHING
     ),

@@ -80,6 +80,7 @@ __all__ = [
     "create_middleware_and_session_proxy",
     "db",
     "pgbouncer_engine_args",
+    "violated_constraint",
 ]
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
@@ -140,6 +141,7 @@ class EngineArgs(TypedDict, total=False):
     use_insertmanyvalues: bool
 
 def pgbouncer_engine_args(**connect_args: object) -> EngineArgs: ...
+def violated_constraint(error: BaseException) -> str | None: ...
 def atomic(
     first: SessionProxy[AsyncSession],
     second: SessionProxy[AsyncSession],
