@@ -54,6 +54,7 @@ FOREIGN = {
     "_max_overflow": "Pool: the limit of its overflow has no public name",
     "_on_connect_isolation_level": "Dialect: what create_engine(isolation_level=) was given",
     "_soft_closed": "Result: Result.closed reports an explicit close() alone",
+    "_flushing": "Session: whether a flush is under way, in which nothing may be added",
     "_is_clean": "Session: the public sets take thirty times as long to make",
     "_execute_mutex": "asyncpg's adapter: whether a statement is under way on a connection",
     "_loop": "connections of asyncpg, aiomysql and asyncmy: the event loop that they serve",

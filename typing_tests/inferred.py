@@ -146,7 +146,7 @@ assert_type(ReplicaMiddleware, type[SQLAlchemyMiddleware[ReplicaSession]])
 assert_type(replica, SessionProxy[ReplicaSession])
 assert_type(db, SessionProxy[AsyncSession])
 assert_type(
-    create_middleware_and_session_proxy(None, read_only=False, commit_on_exit=True),
+    create_middleware_and_session_proxy(None, read_only=False, commit_on_exit=True, concurrent_use="wait"),
     tuple[type[SQLAlchemyMiddleware[AsyncSession]], SessionProxy[AsyncSession]],
 )
 
@@ -251,6 +251,7 @@ app.add_middleware(
     request_queue_timeout=2,
     pool_warn_threshold=0.8,
     pool_warn_interval=30.0,
+    concurrent_use="wait",
 )
 assert_type(add_pool_timeout_handler(app), None)
 Starlette(middleware=[Middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", exclude_paths={"/health"})])

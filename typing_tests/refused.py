@@ -136,6 +136,8 @@ create_middleware_and_session_proxy(session_class=Session)  # type: ignore[type-
 create_middleware_and_session_proxy(session_class=AuditSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(AuditSession, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 create_middleware_and_session_proxy(AuditSession, read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, concurrent_use="queue")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(concurrent_use=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]

@@ -206,8 +206,9 @@ def new_database(
     settings: TransactionSettings,
     *,
     commit_on_exit: bool = False,
+    waits: bool = False,
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
     """Create a database, the variable of its current unit, and its proxy."""
-    database: Database[S_co] = Database(session_class, settings, commit_on_exit)
+    database: Database[S_co] = Database(session_class, settings, commit_on_exit, waits)
     current = current_variable(database)
     return database, current, SessionProxy(database, current, current.get)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import boolean, mapping, paths
+from ._arguments.checks import boolean, mapping, paths, waits
 from ._arguments.engines import async_engine, create_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
@@ -79,6 +79,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
         pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
         pool_warn_interval: seconds between two such WARNINGs.
+        concurrent_use: "wait" lets a task wait for its turn of a session, as long as for a connection, where
+            "refuse" raises ``ConcurrentUseError``; the default is that of the pair.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -103,6 +105,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
@@ -117,6 +120,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
         self._session_args = session_arguments(session_args)
+        self._waits = None if concurrent_use is None else waits(concurrent_use)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()
@@ -161,6 +165,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             self._database.watch_pool(self._warning)
         else:
             self._database.take(self._engine, self._session_args, self._holder, self._warning)
+        if self._waits is not None:
+            self._database.shared.waits = self._waits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -280,7 +286,11 @@ async def _answer_pool_timeout(_: Request, error: Exception) -> Response:
 
 
 def create_middleware_and_session_proxy(
-    session_class: type[S_co] | None = None, *, read_only: bool = False, commit_on_exit: bool = False
+    session_class: type[S_co] | None = None,
+    *,
+    read_only: bool = False,
+    commit_on_exit: bool = False,
+    concurrent_use: Literal["refuse", "wait"] = "refuse",
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
 
@@ -288,15 +298,18 @@ def create_middleware_and_session_proxy(
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
     suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware.
+    With ``concurrent_use="wait"`` a task waits for its turn of a session, in place of ``ConcurrentUseError``.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or a flag is not a bool.
+        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or a flag is wrong.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
         models_of(session_class)
     settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
     commits = boolean("commit_on_exit", commit_on_exit)
-    database, current, proxy = new_database(session_class, settings, commit_on_exit=commits)
+    database, current, proxy = new_database(
+        session_class, settings, commit_on_exit=commits, waits=waits(concurrent_use)
+    )
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

@@ -168,6 +168,10 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("create_middleware_and_session_proxy", "read_only"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(read_only=value), FLAG
     ),
+    ("SQLAlchemyMiddleware", "concurrent_use"): Argument(with_url("concurrent_use"), OPTIONAL),
+    ("create_middleware_and_session_proxy", "concurrent_use"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(concurrent_use=value), NOTHING
+    ),
     ("create_middleware_and_session_proxy", "commit_on_exit"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(commit_on_exit=value), FLAG
     ),

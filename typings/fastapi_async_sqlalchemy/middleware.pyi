@@ -1,5 +1,5 @@
 from collections.abc import Iterable, Mapping
-from typing import Generic
+from typing import Generic, Literal
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -30,12 +30,17 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 def add_pool_timeout_handler(app: Starlette) -> None: ...
 def create_middleware_and_session_proxy(
-    session_class: type[_S_co] | None = None, *, read_only: bool = False, commit_on_exit: bool = False
+    session_class: type[_S_co] | None = None,
+    *,
+    read_only: bool = False,
+    commit_on_exit: bool = False,
+    concurrent_use: Literal["refuse", "wait"] = "refuse",
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]

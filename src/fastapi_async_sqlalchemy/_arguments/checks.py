@@ -43,6 +43,15 @@ def propagation_of(value: object) -> Propagation:
     return cast("Propagation", value)
 
 
+def waits(value: object) -> bool:
+    """Validate ``concurrent_use``; return whether a second task waits for its turn."""
+    if not (isinstance(value, str) and value in {"refuse", "wait"}):
+        wanted = "'refuse' or 'wait'"
+        name = "concurrent_use"
+        raise ConfigurationError(name, wanted, value)
+    return value == "wait"
+
+
 def count(name: str, value: object, least: int) -> int:
     """Validate a whole number."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

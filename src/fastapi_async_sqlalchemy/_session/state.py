@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .checkout import Checkout, Route
     from .hooks import Hooks
     from .streams import Stream
+    from .waiting import Turn
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -53,6 +54,12 @@ class Shared:
         WeakKeyDictionary["asyncio.Task[Any]", "asyncio.Task[Any]"]
     )
     """For each task, the task that waits for its end, such as the caller of ``db.gather()``."""
+    waits: bool = False
+    """A task waits for its turn of a session, in place of ``ConcurrentUseError``."""
+    waiting: WeakKeyDictionary[asyncio.Task[Any], SessionState] = Factory(
+        WeakKeyDictionary["asyncio.Task[Any]", "SessionState"]
+    )
+    """For each task that waits for its turn, the state of that session."""
 
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; a second call has no effect."""
@@ -137,6 +144,8 @@ class SessionState:
     exposed: frozenset[Connection] = frozenset()
     """The connections that user code has: a task may be in the middle of a statement on one."""
     waiter: asyncio.Future[None] | None = None
+    turns: tuple[Turn, ...] = ()
+    """The tasks that wait for their turn."""
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is settled."""
     xid: str = ""

@@ -61,6 +61,8 @@ class Database(Generic[S_co]):
     """The default settings of its units' transactions."""
     commit_on_exit: bool = False
     """Whether the end of a block commits by default."""
+    waits: bool = False
+    """Whether a task waits for its turn of a session by default."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
@@ -111,6 +113,9 @@ class Database(Generic[S_co]):
             raise SessionNotInitialisedError(self.name)
         return self._engine
 
+    def __attrs_post_init__(self) -> None:
+        self._watch.waits = self.waits
+
     def bind(self, engine: AsyncEngine, session_args: object = None, by: Holder | None = None) -> None:
         """Bind an engine, with the arguments of its sessions.
 
@@ -153,7 +158,7 @@ class Database(Generic[S_co]):
     async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
         """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
-            self._live, self.holder = False, None
+            self._live, self.holder, self._watch.waits = False, None, self.waits
         if owned:
             await engine.dispose()
 
@@ -161,7 +166,7 @@ class Database(Generic[S_co]):
         """Forget the engine."""
         if self._watcher is not None:
             self._watcher.end()
-        self._watch.engine = None
+        self._watch.engine, self._watch.waits = None, self.waits
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self._variants.clear()
         self._watch.name = self._label()
