@@ -65,7 +65,7 @@ demo: venv ## run the quickstart
 check: lint types test ## everything: lint, types, test
 
 .PHONY: bench
-bench: venv ## measure beside hand-written floors, some four minutes (ARGS=--quick, or --docs for the documentation)
+bench: venv ## measure beside hand-written floors, some five minutes (ARGS=--quick, or --docs for the documentation)
 	$(bin)/python -W ignore -m benchmarks $(ARGS)
 
 .PHONY: campaign

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures all, prints the table, writes JSON; bounded at some four minutes."""
+"""`python -m benchmarks`: measures all, prints the table, writes JSON; bounded at some five minutes."""
 
 import argparse
 import asyncio
@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from benchmarks import report
-from benchmarks.chart import chart
+from benchmarks import report, trips
+from benchmarks.chart import chart, trips_chart
 from benchmarks.connections import holding, queueing
 from benchmarks.instructions import UNIT, instructions
 from benchmarks.measuring import FULL, QUICK, Plan, Row
@@ -81,19 +81,23 @@ def main() -> None:
         sqlite = f"sqlite+aiosqlite:///{Path(folder, 'benchmarks.db')}"
         rows = asyncio.run(measure(postgresql, sqlite, QUICK if options.quick else FULL))
     print(report.summary(rows))
-    write(rows, docs=options.docs)
+    round_trips = trips.counted(1 if options.quick else trips.TIMED)
+    print(trips.table(round_trips))
+    write(rows, round_trips, docs=options.docs)
 
 
-def write(rows: list[Row], *, docs: bool) -> None:
+def write(rows: list[Row], round_trips: list[tuple[str, ...]], *, docs: bool) -> None:
     """Write the results, and the pages that show them."""
     written = report.as_json(rows, report.circumstances())
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(written)
     if docs:
         page = DOCS / "benchmarks.md"
-        page.write_text(report.into_page(page.read_text(), report.summary(rows)))
+        written_page = report.into_page(page.read_text(), report.summary(rows))
+        page.write_text(report.into_page(written_page, trips.table(round_trips), "trips"))
         (DOCS / "benchmarks.json").write_text(written)
         (DOCS / "benchmarks.svg").write_text(chart(rows))
+        (DOCS / "round-trips.svg").write_text(trips_chart(round_trips, trips.COLUMNS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The chart of the documentation: what each costs beside `handwritten`, which is the line at 1."""
+"""The charts of the documentation: what each costs beside `handwritten`, and its round trips."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from benchmarks.contenders import HANDWRITTEN, LEAN, OURS
 from benchmarks.measuring import Row
@@ -10,6 +10,14 @@ _KEYS = frozenset("ABCDEGH")
 _LEFT, _UNIT, _BAR, _GAP, _TOP = 330, 240, 11, 12, 50
 _WIDEST = 1.75
 _SVG = "http://www.w3.org/2000/svg"
+_STYLE = (
+    "<style>text { fill: #1f2328 } line { stroke: #1f2328 } .ground { fill: #ffffff } "
+    "@media (prefers-color-scheme: dark) "
+    "{ text { fill: #e6edf3 } line { stroke: #e6edf3 } .ground { fill: #0d1117 } }</style>"
+)
+"""A reader's dark mode has light letters."""
+_TRIPS = {"lean": "#9aa5b1", "ours": "#2f6fab", "on_first_write": "#3fa36b"}
+_TRIP = 90
 
 
 def chart(rows: list[Row]) -> str:
@@ -22,10 +30,12 @@ def chart(rows: list[Row]) -> str:
         [
             f'<svg xmlns="{_SVG}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
             "<title>What each measure costs beside a middleware written by hand: less is better</title>",
-            f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-            *_legend(),
+            _STYLE,
+            f'<rect class="ground" width="{width}" height="{height}"/>',
+            *_legend(_SHOWN),
+            f'<text x="{line}" y="{_TOP - 14}" text-anchor="middle">{HANDWRITTEN} = 1</text>',
             *(part for at, row in enumerate(shown) for part in _bars(row, _TOP + at * step)),
-            f'<line x1="{line}" x2="{line}" y1="{_TOP - 8}" y2="{height - 10}" stroke="#333333"/>',
+            f'<line x1="{line}" x2="{line}" y1="{_TOP - 8}" y2="{height - 10}"/>',
             "</svg>\n",
         ]
     )
@@ -35,12 +45,11 @@ def _drawn(row: Row) -> bool:
     return row.unit in {"us over bare", "ns", "ratio"} or (row.key, row.unit) == ("G", "us") or row.key == "H"
 
 
-def _legend() -> Iterator[str]:
-    for at, (name, colour) in enumerate(_SHOWN.items()):
+def _legend(shown: Mapping[str, str]) -> Iterator[str]:
+    for at, (name, colour) in enumerate(shown.items()):
         x = _LEFT + at * 80
         yield f'<rect x="{x}" y="10" width="{_BAR}" height="{_BAR}" fill="{colour}"/>'
         yield f'<text x="{x + 16}" y="20">{name}</text>'
-    yield f'<text x="{_LEFT + _UNIT}" y="{_TOP - 14}" text-anchor="middle">{HANDWRITTEN} = 1</text>'
 
 
 def _bars(row: Row, top: int) -> Iterator[str]:
@@ -52,3 +61,32 @@ def _bars(row: Row, top: int) -> Iterator[str]:
         y = top + at * _BAR
         yield f'<rect x="{_LEFT}" y="{y}" width="{length}" height="{_BAR - 1}" fill="{colour}"/>'
         yield f'<text x="{_LEFT + length + 5}" y="{y + 9}" font-size="10">{value:.2f}</text>'
+
+
+def trips_chart(found: list[tuple[str, ...]], columns: tuple[str, ...]) -> str:
+    """Draw the round trips of what the floors can do, too."""
+    rows = [(f"{driver}: {what}", dict(zip(columns, cells, strict=True))) for driver, what, *cells in found]
+    rows = [(what, cells) for what, cells in rows if cells[LEAN]]
+    step = len(_TRIPS) * _BAR + _GAP
+    width, height = _LEFT + 5 * _TRIP, _TOP + len(rows) * step + 10
+    return "\n".join(
+        [
+            f'<svg xmlns="{_SVG}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+            "<title>Round trips of a unit: less is better</title>",
+            _STYLE,
+            f'<rect class="ground" width="{width}" height="{height}"/>',
+            *_legend(_TRIPS),
+            *(part for at, row in enumerate(rows) for part in _trips(*row, _TOP + at * step)),
+            "</svg>\n",
+        ]
+    )
+
+
+def _trips(what: str, cells: dict[str, str], top: int) -> Iterator[str]:
+    yield f'<text x="{_LEFT - 10}" y="{top + 20}" text-anchor="end">{what}</text>'
+    for at, (name, colour) in enumerate(_TRIPS.items()):
+        count = cells[name].partition(" ")[0]
+        if count:
+            length, y = int(count) * _TRIP, top + at * _BAR
+            yield f'<rect x="{_LEFT}" y="{y}" width="{length}" height="{_BAR - 1}" fill="{colour}"/>'
+            yield f'<text x="{_LEFT + length + 5}" y="{y + 9}" font-size="10">{count}</text>'

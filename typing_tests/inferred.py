@@ -16,10 +16,11 @@ from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message
 from typing_extensions import TypeVar
 
 from fastapi_async_sqlalchemy import (
+    Begin,
     BeginHook,
     CommitWhen,
     ConcurrentUseError,
@@ -59,6 +60,7 @@ from fastapi_async_sqlalchemy import (
     violated_constraint,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
+from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, SandboxedApp, SandboxError, sandbox
 
 S = TypeVar("S", bound=AsyncSession)
 T = TypeVar("T")
@@ -221,13 +223,17 @@ assert_type(begin_hooks, list[BeginHook])
 assert_type(begin_hooks, list[Callable[[Connection], object]])
 
 
-def settings(propagation: Propagation, level: IsolationLevel) -> None:
+def settings(propagation: Propagation, level: IsolationLevel, begin: Begin) -> None:
     assert_type(propagation, Propagation)
     assert_type(propagation, Literal["requires_new", "required", "nested", "mandatory", "never"])
     assert_type(level, IsolationLevel)
     assert_type(level, Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
     EngineArgs(isolation_level=level)
-    db(propagation=propagation, isolation_level=level)
+    assert_type(begin, Begin)
+    assert_type(begin, Literal["on_first_use", "on_first_write"])
+    db(propagation=propagation, isolation_level=level, begin=begin)
+    db.connect("sqlite+aiosqlite://", begin=begin, pool_warm_up=3)
+    create_middleware_and_session_proxy(begin=begin)
 
 
 # Every keyword of the middleware, in FastAPI, in Starlette, in a list of middlewares, and by hand.
@@ -252,6 +258,8 @@ app.add_middleware(
     pool_warn_threshold=0.8,
     pool_warn_interval=30.0,
     concurrent_use="wait",
+    begin="on_first_write",
+    pool_warm_up=3,
 )
 assert_type(add_pool_timeout_handler(app), None)
 Starlette(middleware=[Middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", exclude_paths={"/health"})])
@@ -755,3 +763,35 @@ def errors() -> None:
     except (PartialCommitError, InDoubtError) as error:
         assert_type(error, PartialCommitError | InDoubtError)
         assert_type(error.committed, tuple[str, ...])
+
+
+async def tested(app: ASGIApp, failure: CommitFailure) -> None:
+    assert_type(failure, CommitFailure)
+    async with sandbox(db, orders, db.engine, timeout=1) as box:
+        assert_type(box, Sandbox)
+        assert_type(box.statements, list[str])
+        assert_type(box.commits, int)
+        assert_type(box.rollbacks, int)
+        assert_type(box.assert_statements(at_most=3), None)
+        assert_type(box.fail_commit(), None)
+        assert_type(box.fail_commit(failure, on=orders), None)
+        assert_type(box.lose_connection(on=db), None)
+    assert_type(sandbox(db), AbstractAsyncContextManager[Sandbox, None])
+    served = SandboxedApp(app, db, orders, timeout=1)
+    assert_type(served, SandboxedApp)
+    assert_type(served.box, Sandbox)
+    as_app: ASGIApp = served
+    try:
+        await as_app({}, _receive, _send)
+    except SandboxError as error:
+        assert_type(error, SandboxError)
+        runtime: RuntimeError = error
+        raise runtime from None
+
+
+async def _receive() -> Message:
+    return {}
+
+
+async def _send(message: Message) -> None:
+    message.clear()

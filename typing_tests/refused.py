@@ -31,9 +31,10 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 from sqlmodel import select as sqlmodel_select
 from starlette.middleware import Middleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
+    Begin,
     BeginHook,
     CommitWhen,
     ConcurrentUseError,
@@ -70,6 +71,7 @@ from fastapi_async_sqlalchemy import (
     violated_constraint,
 )
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
+from fastapi_async_sqlalchemy.testing import Sandbox, SandboxedApp, SandboxError, sandbox
 
 sync_engine: Engine = create_engine("sqlite://")
 
@@ -111,6 +113,8 @@ app.add_middleware(SQLAlchemyMiddleware, request_queue_timeout="2")  # type: ign
 app.add_middleware(SQLAlchemyMiddleware, pool_warn_threshold="80%")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(SQLAlchemyMiddleware, pool_warn_interval="30")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(SQLAlchemyMiddleware, pool_warn_interval=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, begin="on_first_read")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, pool_warm_up="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 app.add_middleware(OrderMiddleware, db_url="x", engine_args=EngineArgs(pool_sise=1))  # type: ignore[typeddict-unknown-key]  # pyright: ignore[reportCallIssue]
 app.add_middleware(orders)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 Middleware(OrderMiddleware, db_ulr="x")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue]
@@ -140,6 +144,7 @@ app.add_middleware(SQLAlchemyMiddleware, concurrent_use="queue")  # type: ignore
 create_middleware_and_session_proxy(concurrent_use=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(begin="on_first_read")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 narrower: SessionProxy[OrderSession] = db  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 no_session: SessionProxy[int]  # type: ignore[type-var]  # pyright: ignore[reportInvalidTypeArguments]
@@ -178,6 +183,8 @@ async def proxies() -> None:
     db(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(isolation_level="serializable")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(begin="on_first_read")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db(begin=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(multi_sessions="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(max_concurrent="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db(max_concurrent=2.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -190,6 +197,8 @@ async def proxies() -> None:
     db.connect("x", engine_args={"pool_sise": 2})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.connect("x", engine_args={"pool_size": "2"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.connect("x", session_args={"expire_on_comit": False})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connect("x", begin="on_first_read")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connect("x", pool_warm_up="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.connect("x", {"echo": True})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     db.connect("x", db_url="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     db.bind(engine="sqlite+aiosqlite://")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -216,6 +225,8 @@ async def blocks() -> None:
     db.begin(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.begin(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.begin(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(begin="later")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(begin="later")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.begin(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.per_task(max_concurrent="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.per_task(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -500,6 +511,7 @@ looser: CommitWhen = without_error  # type: ignore[assignment]  # pyright: ignor
 hook: Hook = with_argument  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 begin_hook: BeginHook = by_function  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 level: IsolationLevel = "AUTOCOMMIT"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
+beginning: Begin = "on_first_read"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 joining: Propagation = "supports"  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 on_connection(db.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 hooked: Hook = 3  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
@@ -601,3 +613,28 @@ SessionArgs(join_transaction_mode="savepoint")  # type: ignore[typeddict-item]  
 SessionArgs(query_cls=5)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(sync_session_class=OrderSession)  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
 SessionArgs(twophase="yes")  # type: ignore[typeddict-item]  # pyright: ignore[reportArgumentType]
+
+
+# The sandbox of tests.
+
+
+async def tested(app: ASGIApp, box: Sandbox, sandboxed: SandboxedApp, receive: Receive, send: Send) -> None:
+    sandbox("db")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sandbox(sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    sandbox(db, timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with sandbox(db):  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+    Sandbox(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Sandbox()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    box.commits = 1  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+    box.assert_statements(at_most="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.assert_statements(3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    box.fail_commit(failure="boom")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.fail_commit(on=sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.lose_connection(on="db")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxedApp(app=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxedApp(app, db, timeout="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope=5, receive=receive, send=send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope={}, receive=5, send=send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await sandboxed(scope={}, receive=receive, send=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    SandboxError(reason=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

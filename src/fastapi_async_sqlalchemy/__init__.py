@@ -1,6 +1,6 @@
 """One typed database session per request for FastAPI and Starlette, over SQLAlchemy's asyncio engine."""
 
-from ._arguments.checks import IsolationLevel, Propagation
+from ._arguments.checks import Begin, IsolationLevel, Propagation
 from ._arguments.engines import pgbouncer_engine_args
 from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
@@ -25,6 +25,7 @@ from .exceptions import (
     PropagationError,
     ReadOnlyError,
     ReplicaLagError,
+    SandboxError,
     SessionNotInitialisedError,
     TransactionBegunError,
     UnexpectedRollbackError,
@@ -41,6 +42,7 @@ from .middleware import (
 __version__: str = "1.0.0.dev0"
 
 __all__ = [
+    "Begin",
     "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
@@ -62,6 +64,7 @@ __all__ = [
     "ReadOnlyError",
     "ReplicaLagError",
     "SQLAlchemyMiddleware",
+    "SandboxError",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",

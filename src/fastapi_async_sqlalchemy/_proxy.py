@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.sql.schema import MetaData
 
-    from ._arguments.checks import IsolationLevel
+    from ._arguments.checks import Begin, IsolationLevel
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
@@ -162,14 +162,26 @@ class SessionProxy(Blocks[S_co]):
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
         commit_on_exit: bool | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
         ``commit_on_exit`` is the default of the blocks inside; without it, that of the pair holds.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry.
         Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
         """
-        return connect(self, self, url, engine_args, session_args, commit_on_exit=commit_on_exit)
+        return connect(
+            self,
+            self,
+            url,
+            engine_args,
+            session_args,
+            commit_on_exit=commit_on_exit,
+            begin=begin,
+            pool_warm_up=pool_warm_up,
+        )
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.

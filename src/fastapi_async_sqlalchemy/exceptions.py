@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "ReplicaLagError",
+    "SandboxError",
     "SessionNotInitialisedError",
     "TransactionBegunError",
     "UnexpectedRollbackError",
@@ -116,8 +118,10 @@ class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
         super().__init__(f"{database} has no unit of work {place}: {remedy}.")
 
 
-class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class UnitClosedError(FastAPIAsyncSQLAlchemyError, InvalidRequestError, RuntimeError):
     """A unit of work, or its session, was used after its end, or entered twice.
+
+    It is a subclass of SQLAlchemy's ``InvalidRequestError``, which a session closed for good raises.
 
     A task that outlives its request gets this error, because nobody would commit or roll back
     its later writes.
@@ -130,8 +134,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         )
 
 
-class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, IllegalStateChangeError, RuntimeError):
     """A task used a session while another task was in the middle of an operation on it.
+
+    It is a subclass of SQLAlchemy's ``IllegalStateChangeError``, which a plain session raises then.
 
     Raised before the session's state or its connection is touched. Tasks may use one session in turn;
     to work at the same time, each needs a separate one. On MySQL and MariaDB a stream with rows left
@@ -206,8 +212,10 @@ class TransactionBegunError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         super().__init__(f"A transaction of {database} is open: {remedy}.")
 
 
-class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
     """No connection became free in time; nothing was sent.
+
+    It is a subclass of SQLAlchemy's ``TimeoutError``, which it replaces, and of Python's.
 
     ``timeout`` is how long the wait was and ``retry_after`` when to try again, both in seconds.
     ``pool_status`` is the result of ``db.pool_status()`` at that moment.
@@ -276,3 +284,10 @@ class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
         self.transaction: str = transaction
         self.committed: tuple[str, ...] = tuple(committed)
         self.in_doubt: tuple[str, ...] = tuple(in_doubt)
+
+
+class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    """A test sandbox cannot do what production would do, and does not pretend to."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The sandbox refuses to go on: {reason}.")

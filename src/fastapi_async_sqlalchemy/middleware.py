@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import boolean, mapping, paths, waits
-from ._arguments.engines import async_engine, create_engine, holder, parse
+from ._arguments.checks import begin_of, boolean, mapping, paths, waits
+from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
+from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
 from ._session.models import models_of
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
+from ._unit.warming import require_room, warm_up, warm_up_of
 from ._web.admission import admission, unavailable
 from ._web.failure import KeptBodies
 from ._web.policy import commit_policy
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from ._arguments.checks import Begin
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._unit.place import Place
     from ._web.policy import CommitWhen
@@ -79,6 +82,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: seconds after which a waiting request is answered 503 with ``Retry-After``.
         pool_warn_threshold: the share of the pool, above 0 and up to 1, whose checkout logs a WARNING.
         pool_warn_interval: seconds between two such WARNINGs.
+        begin: when units begin their transactions; None is as the pair.
+        pool_warm_up: how many connections are open when the application has started.
         concurrent_use: "wait" lets a task wait for its turn of a session, as long as for a connection, where
             "refuse" raises ``ConcurrentUseError``; the default is that of the pair.
 
@@ -105,6 +110,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
         if not callable(app):
@@ -120,6 +127,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
         self._session_args = session_arguments(session_args)
+        self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
         self._waits = None if concurrent_use is None else waits(concurrent_use)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
@@ -151,20 +159,25 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             if self._session_args:
                 message = "session_args go with an engine: give them to db.bind() or db.connect()."
                 raise ConfigurationError(message)
+            if self._transactions_begin is not None:
+                message = "begin goes with an engine: give it to db.connect(), or to the pair."
+                raise ConfigurationError(message)
             return None
         source, application = (parse("db_url", db_url), dict(engine_args)), _innermost(self.app)
         self._holder = evolve(self._holder, source=source, application=application)
         first = self._database.holder
         if first is not None and first.application is application and first.source == source:
             return self._database.engine  # the application has rebuilt its middleware stack
-        return create_engine("db_url", db_url, engine_args)
+        return make_engine("db_url", db_url, engine_args)
 
     def _begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
         if self._engine is None:
             self._database.watch_pool(self._warning)
         else:
-            self._database.take(self._engine, self._session_args, self._holder, self._warning)
+            require_room(self._engine, self._warm_up)
+            begin = self._transactions_begin
+            self._database.take(self._engine, self._session_args, self._holder, self._warning, begin)
         if self._waits is not None:
             self._database.shared.waits = self._waits
 
@@ -231,13 +244,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         async def forward(message: Message) -> None:
             nonlocal answered
             answered = True
-            if message["type"] == "lifespan.startup.complete" and not self._database.connected:
-                error = (
-                    f"{self._database.name} has no engine though the application has started: give the "
-                    "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
-                    "`async with db.connect(url):` or `db.bind(engine)`."
-                )
-                raise ConfigurationError(error)
+            if message["type"] == "lifespan.startup.complete":
+                await self._start()
             if message["type"] in _LAST_LIFESPAN_MESSAGES:
                 await end()
             await send(message)
@@ -249,6 +257,17 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await end()
             if not answered:  # an application without a lifespan may still be served
                 self._database.watch_pool(self._warning)
+
+    async def _start(self) -> None:
+        """Require an engine, and open the connections that were requested."""
+        if not self._database.connected:
+            error = (
+                f"{self._database.name} has no engine though the application has started: give the "
+                "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
+                "`async with db.connect(url):` or `db.bind(engine)`."
+            )
+            raise ConfigurationError(error)
+        await warm_up(self._database.engine, self._warm_up)
 
     async def _end(self) -> None:
         """Release the engine; an error while disposing it is logged and not raised."""
@@ -290,6 +309,7 @@ def create_middleware_and_session_proxy(
     *,
     read_only: bool = False,
     commit_on_exit: bool = False,
+    begin: Begin | None = None,
     concurrent_use: Literal["refuse", "wait"] = "refuse",
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
@@ -297,16 +317,21 @@ def create_middleware_and_session_proxy(
     Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
-    suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware.
-    With ``concurrent_use="wait"`` a task waits for its turn of a session, in place of ``ConcurrentUseError``.
+    suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware. ``begin``
+    is the default of all units: ``on_first_use`` or ``on_first_write``. With ``concurrent_use="wait"`` a
+    task waits for its turn of a session, in place of ``ConcurrentUseError``.
 
     Raises:
-        ConfigurationError: ``session_class`` is not an ``AsyncSession`` class, or a flag is wrong.
+        ConfigurationError: an argument is wrong.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
         models_of(session_class)
-    settings = TransactionSettings(read_only=True) if boolean("read_only", read_only) else PLAIN
+    settings = PLAIN
+    if boolean("read_only", read_only):
+        settings = TransactionSettings(read_only=True)
+    if begin_of(begin) == "on_first_write":
+        settings = evolve(settings, begin=begin)
     commits = boolean("commit_on_exit", commit_on_exit)
     database, current, proxy = new_database(
         session_class, settings, commit_on_exit=commits, waits=waits(concurrent_use)

@@ -88,6 +88,7 @@ UNIT = {
     "read_only": OPTIONAL_FLAG,
     "isolation_level": OPTIONAL,
     "deferrable": OPTIONAL_FLAG,
+    "begin": OPTIONAL,
     "pool_timeout": SECONDS,
 }
 """What each block takes."""
@@ -162,6 +163,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SQLAlchemyMiddleware", "pool_warn_interval"): Argument(
         with_url("pool_warn_interval"), SECONDS - OPTIONAL
     ),
+    ("SQLAlchemyMiddleware", "begin"): Argument(with_url("begin"), OPTIONAL),
+    ("SQLAlchemyMiddleware", "pool_warm_up"): Argument(with_url("pool_warm_up"), COUNT),
     ("create_middleware_and_session_proxy", "session_class"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(value), OPTIONAL
     ),
@@ -174,6 +177,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ),
     ("create_middleware_and_session_proxy", "commit_on_exit"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(commit_on_exit=value), FLAG
+    ),
+    ("create_middleware_and_session_proxy", "begin"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(begin=value), OPTIONAL
     ),
     ("atomic", "databases"): Argument(lambda pair, value: atomic(pair[1], value), NOTHING),
     ("violated_constraint", "error"): Argument(
@@ -188,6 +194,7 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.__call__", "read_only"): Argument(of_db("__call__", "read_only"), OPTIONAL_FLAG),
     ("SessionProxy.__call__", "isolation_level"): Argument(of_db("__call__", "isolation_level"), OPTIONAL),
     ("SessionProxy.__call__", "deferrable"): Argument(of_db("__call__", "deferrable"), OPTIONAL_FLAG),
+    ("SessionProxy.__call__", "begin"): Argument(of_db("__call__", "begin"), OPTIONAL),
     ("SessionProxy.__call__", "multi_sessions"): Argument(of_db("__call__", "multi_sessions"), FLAG),
     ("SessionProxy.__call__", "max_concurrent"): Argument(in_tasks("max_concurrent"), COUNT),
     ("SessionProxy.__call__", "pool_timeout"): Argument(of_db("__call__", "pool_timeout"), SECONDS),
@@ -241,6 +248,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.connect", "commit_on_exit"): Argument(
         of_db("connect", "commit_on_exit", GOOD), OPTIONAL_FLAG
     ),
+    ("SessionProxy.connect", "begin"): Argument(of_db("connect", "begin", GOOD), OPTIONAL),
+    ("SessionProxy.connect", "pool_warm_up"): Argument(of_db("connect", "pool_warm_up", GOOD), COUNT),
     ("SessionProxy.bind", "engine"): Argument(of_db("bind", "engine"), NOTHING),
     ("SessionProxy.bind", "session_args"): Argument(
         lambda pair, value: pair[1].bind(pair[1].engine, session_args=value), OPTIONAL

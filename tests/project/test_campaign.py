@@ -19,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from campaign import report
 from campaign.__main__ import INTERRUPTED, parse
+from campaign.endpoints import ENDPOINTS
 from campaign.promise import ROUTES, Answer, Seen
 from campaign.proxy import CommitFault, Link, Proxy, Upstream
-from campaign.routes import ENDPOINTS
 from campaign.run import QUIET, Plan, Result, run
+from campaign.sabotage import SABOTAGE
 from campaign.server import Mariadb, Postgresql, databases, own_postgresql
 from campaign.tables import ACCOUNTS, BALANCE
 from campaign.verdict import Rows, judge
@@ -46,6 +47,15 @@ COMMON_FAULTS = {
     "pool exhausted",
     "stall after COMMIT",
 }
+RESTS_ON = {
+    "one engine": ("routed_aborted", "named_aborted", "sharded_aborted"),
+    "listeners": ("listener",),
+    "blocks": ("joined_task", "joined_too_long", "joined_by_hand"),
+    "loops": ("other_loop", "job"),
+    "children": ("child",),
+    "statements": ("second_exposed",),
+}
+"""The routes that find out, by what is broken in the package."""
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -97,9 +107,23 @@ def test_broken_application_is_found_guilty(broken: str, kind: str, postgresql_s
     assert bool(result.left["connections checked out"]) is (kind == "leak")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_broken_package_is_found_guilty(name: str, postgresql_server: URL) -> None:
+    """Each route that rests on a promise of the package finds it guilty when the promise is broken."""
+    routes = RESTS_ON[name]
+    plan = evolve(SHORTER, broken=name, routes=routes, seconds=2, deadline=2)
+    with databases(postgresql_server) as server:
+        result = asyncio.run(run(server, plan))
+    by_number = {answer.number: answer.route for answer in result.answers}
+    guilty = {by_number.get(found.number) for found in result.findings}
+    assert guilty >= {*routes} or report.by_kind(result)["gone"], report.table(result)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
+        ("--driver=asyncmy", "the driver of postgresql is one of asyncpg, psycopg"),
         ("--concurrency=0", "'concurrency' must be >= 1: 0"),
         ("--requests=0", "'requests' must be >= 1: 0"),
         ("--seconds=nan", "'seconds' must be > 0: nan"),

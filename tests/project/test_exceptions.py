@@ -20,6 +20,7 @@ from fastapi_async_sqlalchemy import (
     PropagationError,
     ReadOnlyError,
     ReplicaLagError,
+    SandboxError,
     SessionNotInitialisedError,
     TransactionBegunError,
     UnexpectedRollbackError,
@@ -109,6 +110,12 @@ CASES = (
         RuntimeError,
         ("0123abcd is committed on Primary", "left prepared on Second, Third"),
         "`python -m fastapi_async_sqlalchemy.recovery`",
+    ),
+    Case(
+        SandboxError("two transactions are open: end the inner one first"),
+        RuntimeError,
+        ("sandbox", "two transactions are open"),
+        "end the inner one first",
     ),
 )
 each_case = pytest.mark.parametrize("case", CASES, ids=[type(case.error).__name__ for case in CASES])

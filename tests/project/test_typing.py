@@ -13,11 +13,16 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import fastapi_async_sqlalchemy
-from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, recovery
+from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, recovery, testing
 from tests.support.declarations import classes, declared, drift, spelled
 
 FOLDER = Path(fastapi_async_sqlalchemy.__file__).parent
-STUBS = {path.stem: ast.parse(path.read_text("utf-8")) for path in FOLDER.glob("*.pyi")}
+STUBS = {
+    path.parent.name if path.parent != FOLDER and path.stem == "__init__" else path.stem: ast.parse(
+        path.read_text("utf-8")
+    )
+    for path in FOLDER.rglob("*.pyi")
+}
 SOURCES = {
     ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
     for path in FOLDER.rglob("*.py")
@@ -26,6 +31,7 @@ SOURCES = {
 INFERRED = {
     "db",
     "PoolStatus.__init__",
+    "Sandbox.__init__",
     "Resolved.__init__",
     "SessionProxy.__init__",
     "UnitOfWork.__init__",
@@ -125,8 +131,10 @@ def test_every_public_module_has_a_stub_with_its_names() -> None:
         "exceptions": exceptions,
         "middleware": middleware,
         "recovery": recovery,
+        "testing": testing,
     }
-    assert modules.keys() == STUBS.keys() == {name for name in SOURCES if not re.match(r"_[a-z]", name)}
+    public = {name for name in SOURCES if not re.search(r"(^|\.)_[a-z]", name)}
+    assert modules.keys() == STUBS.keys() == public | {"testing"}
     for name, module in modules.items():
         assert dunder_all(STUBS[name]) == module.__all__
     assert (FOLDER / "py.typed").is_file()
@@ -209,7 +217,12 @@ def test_every_public_name_is_asserted() -> None:
             asserted |= set(re.findall(r"\w+", " ".join(map(spelled, call.args))))
     holders = [node for node in classes(STUBS.values()).values() if not is_typed_dict(node)]
     members = {name for node in holders for name in declared(node.body) if not name.startswith("_")}
-    assert {*fastapi_async_sqlalchemy.__all__, *recovery.__all__, *members} - asserted == set()
+    assert {
+        *fastapi_async_sqlalchemy.__all__,
+        *recovery.__all__,
+        *testing.__all__,
+        *members,
+    } - asserted == set()
 
 
 def is_typed_dict(node: ast.ClassDef) -> bool:
@@ -217,7 +230,11 @@ def is_typed_dict(node: ast.ClassDef) -> bool:
     return "TypedDict" in map(spelled, node.bases)
 
 
-CALLED = {"SessionProxy.__call__": "db", "SQLAlchemyMiddleware.__call__": "middleware"}
+CALLED = {
+    "SandboxedApp.__call__": "sandboxed",
+    "SessionProxy.__call__": "db",
+    "SQLAlchemyMiddleware.__call__": "middleware",
+}
 """What one calls in refused.py, where it is no method and no class."""
 
 

@@ -1,19 +1,32 @@
 """Listeners of the user's that fail: after COMMIT nothing is undone, before it everything is."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 from attrs import define
-from sqlalchemy import event, insert
+from sqlalchemy import insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from fastapi_async_sqlalchemy import UnexpectedRollbackError
+from fastapi_async_sqlalchemy import SessionProxy, UnexpectedRollbackError
 from tests.support.databases import JudgeFor
-from tests.support.hooks import COMMITS, Act, Log, Unit, commit_session, commit_unit, leave, leave_unflushed
+from tests.support.hooks import (
+    COMMITS,
+    Act,
+    Log,
+    Unit,
+    begin_and_commit,
+    begin_block,
+    commit_session,
+    commit_unit,
+    die_in_commit,
+    leave,
+    leave_unflushed,
+    listening,
+)
 from tests.support.site import MakeSite, Site
 from tests.support.tables import Note
 from tests.support.worker import open_worker
@@ -117,16 +130,6 @@ class Stand:
     url: str
     judge_for: JudgeFor
     log: Log
-
-
-@contextmanager
-def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
-    """Listen, and no longer afterwards: the process goes on."""
-    event.listen(target, name, listener, insert=first)
-    try:
-        yield
-    finally:
-        event.remove(target, name, listener)
 
 
 async def play(
@@ -261,6 +264,49 @@ async def write(unit: Unit, note: str) -> None:
     """Write a note and commit."""
     await unit.session.execute(insert(Note).values(text=note))
     await unit.session.commit()
+
+
+@pytest.mark.parametrize("act", [leave, commit_unit, commit_session, begin_block, begin_and_commit])
+async def test_unknown_outcome(postgresql_url: str, judge_for: JudgeFor, log: Log, act: Act) -> None:
+    """A listener of the end that fails after a COMMIT of which nobody knows runs no hook."""
+
+    async def work(db: SessionProxy[AsyncSession]) -> None:
+        async with db(commit_on_exit=True) as unit:
+            log.both(unit)
+            await act(unit)
+
+    async with open_worker(postgresql_url, judge_for) as worker:
+        await die_in_commit(worker.judge)
+        failing = listening(Session, "after_transaction_end", boom_at_the_end, first=True)
+        with pytest.raises((BoomError, DBAPIError)), failing:
+            await work(worker.db)
+        assert log == []
+
+
+@pytest.mark.parametrize("by", ["unit", "session", "begin"])
+async def test_next_transaction_after_a_rollback(
+    postgresql_url: str, judge_for: JudgeFor, log: Log, by: str
+) -> None:
+    """Where a listener of the end fails after ROLLBACK, nothing of the old transaction stops the next one."""
+
+    async def fail(unit: Unit) -> None:
+        with suppress(DBAPIError):
+            await unit.session.execute(text("SELECT nothing FROM nowhere"))
+        if by == "begin":
+            raise BoomError
+        await (unit if by == "unit" else unit.session).rollback()
+
+    failing = listening(Session, "after_transaction_end", boom_at_the_end, first=True)
+    async with open_worker(postgresql_url, judge_for) as worker:
+        async with worker.db(commit_on_exit=True) as unit:
+            log.both(unit, "first")
+            with failing, pytest.raises(BoomError):
+                async with unit.session.begin() if by == "begin" else nullcontext():
+                    await fail(unit)
+            log.both(unit, "second")
+            await write(unit, "a")
+        assert log == ["first rolled back", "second committed"]
+        assert await worker.notes() == ["a"]
 
 
 @pytest.mark.parametrize("name", ["after_rollback", "after_soft_rollback"])

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from starlette.middleware import Middleware
 
 from fastapi_async_sqlalchemy import (
+    EngineArgs,
     FastAPIAsyncSQLAlchemyError,
     PoolStatus,
     PoolTimeoutError,
@@ -150,6 +151,28 @@ async def test_unit_inside_another(tight: Site) -> None:
         assert tight.db.unit is outer
         assert await outer.session.scalar(select(1)) == 1
     await assert_whole(tight)
+
+
+@pytest.mark.parametrize("how", ["block", "gather", "connection"])
+async def test_deadlock_with_oneself(database_url: str, how: str) -> None:
+    """A wait for a connection that only this task's own units hold is refused at once, not after a minute."""
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+    args = EngineArgs(pool_size=1, max_overflow=0, pool_timeout=60.0, poolclass=AsyncAdaptedQueuePool)
+
+    async def wait() -> None:
+        if how == "connection":
+            async with db.connection():
+                pass
+        elif how == "gather":
+            await db.gather(read_current(db))
+        else:
+            await read(db)
+
+    async with asyncio.timeout(10), db.connect(database_url, engine_args=args), db() as outer:
+        await outer.session.scalar(select(1))
+        with pytest.raises(PoolTimeoutError, match=r"within 60 seconds .+ this unit stands inside one"):
+            await wait()
+        assert await outer.session.scalar(select(1)) == 1
 
 
 async def test_unit_deep_inside_another(tight_postgresql: Site) -> None:

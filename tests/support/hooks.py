@@ -1,11 +1,14 @@
 """A log of hooks that ran, and ways to end a unit."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import UnitOfWork
+from tests.support.databases import Judge
 from tests.support.site import Site
 from tests.support.tables import Note
 
@@ -114,6 +117,28 @@ async def fail_in_begin_block(unit: Unit) -> None:
 async def leave_unflushed(unit: Unit) -> None:
     """Change objects alone, and leave the rest to the end of the unit."""
     unit.session.add(Note(text="a"))
+
+
+@contextmanager
+def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
+    """Listen, and no longer afterwards: the process goes on."""
+    event.listen(target, name, listener, insert=first)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
+async def die_in_commit(judge: Judge) -> None:
+    """Let the server end the connection of whoever commits a note, in the middle of COMMIT."""
+    await judge.execute(
+        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$"
+    )
+    await judge.execute(
+        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION die()"
+    )
 
 
 COMMITS = (leave, leave_unflushed, commit_unit, commit_session, begin_block, begin_and_commit)

@@ -13,7 +13,6 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.responses import StreamingResponse
 
-from tests.support.databases import Judge
 from tests.support.hooks import (
     Act,
     BoomError,
@@ -24,6 +23,7 @@ from tests.support.hooks import (
     close_session,
     commit_session,
     commit_unit,
+    die_in_commit,
     fail,
     fail_early,
     fail_in_begin_block,
@@ -507,18 +507,6 @@ async def test_hook_of_a_route_in_a_thread(make_site: MakeSite, database_url: st
 
 
 # Never on an unknown outcome.
-
-
-async def die_in_commit(judge: Judge) -> None:
-    """Let the server end the connection of whoever commits a note, in the middle of COMMIT."""
-    await judge.execute(
-        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$"
-    )
-    await judge.execute(
-        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
-        "FOR EACH ROW EXECUTE FUNCTION die()"
-    )
 
 
 @pytest.mark.parametrize("act", [leave, commit_unit, commit_session, begin_block, begin_and_commit])

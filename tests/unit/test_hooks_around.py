@@ -7,7 +7,6 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from tests.support.databases import Judge
 from tests.support.hooks import (
     COMMITS,
     ROLLBACKS,
@@ -20,6 +19,7 @@ from tests.support.hooks import (
     begin_block,
     commit_session,
     commit_unit,
+    die_in_commit,
     fail_early,
     leave_unflushed,
     play,
@@ -34,18 +34,6 @@ def moments(commit: Act) -> list[str]:
     """Return what comes until COMMIT: the hooks before it run before its flush, which may be what begins."""
     moments = ["begin", "before"]
     return moments[::-1] if commit in {leave_unflushed, begin_block} else moments
-
-
-async def die_in_commit(judge: Judge) -> None:
-    """Let the server end the connection of whoever commits a note, in the middle of COMMIT."""
-    await judge.execute(
-        "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$"
-    )
-    await judge.execute(
-        "CREATE CONSTRAINT TRIGGER die AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
-        "FOR EACH ROW EXECUTE FUNCTION die()"
-    )
 
 
 async def write_orphan(unit: Unit) -> None:

@@ -28,6 +28,7 @@ from .exceptions import (
     PropagationError,
     ReadOnlyError,
     ReplicaLagError,
+    SandboxError,
     SessionNotInitialisedError,
     TransactionBegunError,
     UnexpectedRollbackError,
@@ -44,6 +45,7 @@ from .middleware import (
 __version__: str
 
 __all__ = [
+    "Begin",
     "BeginHook",
     "CommitWhen",
     "ConcurrentUseError",
@@ -65,6 +67,7 @@ __all__ = [
     "ReadOnlyError",
     "ReplicaLagError",
     "SQLAlchemyMiddleware",
+    "SandboxError",
     "SessionArgs",
     "SessionNotInitialisedError",
     "SessionProxy",
@@ -104,6 +107,7 @@ Hook: TypeAlias = Callable[[], Awaitable[object] | object]
 WalPosition = NewType("WalPosition", str)
 BeginHook: TypeAlias = Callable[[Connection], object]
 Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandatory", "never"]
+Begin: TypeAlias = Literal["on_first_use", "on_first_write"]
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
 class EngineArgs(TypedDict, total=False):
@@ -294,6 +298,7 @@ class SessionProxy(Generic[_S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -306,6 +311,7 @@ class SessionProxy(Generic[_S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
     def per_task(
@@ -317,6 +323,7 @@ class SessionProxy(Generic[_S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
     def after(
@@ -576,6 +583,8 @@ class SessionProxy(Generic[_S_co]):
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
         commit_on_exit: bool | None = None,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[_S_co], None]: ...
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None: ...
     def unbind(self) -> None: ...

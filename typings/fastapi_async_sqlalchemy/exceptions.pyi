@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from . import PoolStatus
 
@@ -16,6 +17,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "ReplicaLagError",
+    "SandboxError",
     "SessionNotInitialisedError",
     "TransactionBegunError",
     "UnexpectedRollbackError",
@@ -37,10 +39,10 @@ class SessionNotInitialisedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
     def __init__(self, database: str, place: str, remedy: str) -> None: ...
 
-class UnitClosedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class UnitClosedError(FastAPIAsyncSQLAlchemyError, InvalidRequestError, RuntimeError):
     def __init__(self, database: str, opening: str | None = None) -> None: ...
 
-class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, IllegalStateChangeError, RuntimeError):
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None: ...
 
 class WrongDatabaseError(FastAPIAsyncSQLAlchemyError, TypeError):
@@ -59,7 +61,7 @@ class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 class TransactionBegunError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str, remedy: str) -> None: ...
 
-class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, TimeoutError):
+class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
     timeout: float
     retry_after: int
     pool_status: PoolStatus
@@ -81,3 +83,6 @@ class InDoubtError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     committed: tuple[str, ...]
     in_doubt: tuple[str, ...]
     def __init__(self, transaction: str, committed: Sequence[str], in_doubt: Sequence[str]) -> None: ...
+
+class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
+    def __init__(self, reason: str) -> None: ...

@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypeVar
 
-from . import CommitWhen, EngineArgs, SessionArgs, SessionProxy
+from . import Begin, CommitWhen, EngineArgs, SessionArgs, SessionProxy
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -30,6 +30,8 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         request_queue_timeout: float | None = None,
         pool_warn_threshold: float | None = None,
         pool_warn_interval: float = 60.0,
+        begin: Begin | None = None,
+        pool_warm_up: int | None = None,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
@@ -40,6 +42,7 @@ def create_middleware_and_session_proxy(
     *,
     read_only: bool = False,
     commit_on_exit: bool = False,
+    begin: Begin | None = None,
     concurrent_use: Literal["refuse", "wait"] = "refuse",
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 

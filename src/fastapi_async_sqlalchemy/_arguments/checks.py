@@ -12,7 +12,10 @@ Propagation: TypeAlias = Literal["requires_new", "required", "nested", "mandator
 """How a block treats the unit of work that encloses it."""
 IsolationLevel: TypeAlias = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """SQLAlchemy's names without AUTOCOMMIT, which is not a transaction."""
+Begin: TypeAlias = Literal["on_first_use", "on_first_write"]
+"""When a unit's transactions begin: with any statement, or with the first that is not a plain read."""
 PROPAGATIONS: Final[tuple[str, ...]] = get_args(Propagation)
+BEGINS: Final[tuple[str, ...]] = get_args(Begin)
 ISOLATION_LEVELS: Final[tuple[str, ...]] = get_args(IsolationLevel)
 
 
@@ -50,6 +53,15 @@ def waits(value: object) -> bool:
         name = "concurrent_use"
         raise ConfigurationError(name, wanted, value)
     return value == "wait"
+
+
+def begin_of(value: object) -> Begin | None:
+    """Validate when transactions begin; None is as around."""
+    if value is not None and value not in BEGINS:
+        wanted = f"one of {', '.join(BEGINS)}"
+        msg = "begin"
+        raise ConfigurationError(msg, wanted, value)
+    return cast("Begin | None", value)
 
 
 def count(name: str, value: object, least: int) -> int:

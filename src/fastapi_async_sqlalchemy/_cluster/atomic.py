@@ -17,11 +17,16 @@ from uuid import uuid4
 from attrs import Factory, define, evolve
 from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 
-from .._dialects.begin import XID, commits_by_itself
+from .._dialects.begin import commits_by_itself
+from .._dialects.twophase import XID
 from .._session.cancellation import to_completion
+from .._session.hooks import Hooks, RegisteredHook
 from .._session.state import StatefulSession, has_written
+from .._session.turns import cleaning, exclusive
+from .._session.watched import invalidate
 from .._unit.database import UnitConfig
 from .._unit.place import Handle
 from .._unit.scope import OneUse, UnitScope
@@ -36,7 +41,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-    from sqlalchemy.orm import Session
 
     from .._session.state import SessionState
     from .._unit.unit import UnitOfWork
@@ -63,7 +67,8 @@ def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None
     """
     for one in databases:
         _require_proxy(one)
-    if len({address_of(proxy._database.engine.url) for proxy in databases}) < max(_FEWEST, len(databases)):
+    least, taken = max(_FEWEST, len(databases)), {proxy._database for proxy in databases}
+    if len(taken) < least or len({address_of(one.engine.url) for one in taken}) < least:
         message = "atomic() takes two databases or more, each at a URL of its own: use `db()` for one."
         raise ConfigurationError(message)
     for proxy in databases:
@@ -130,14 +135,19 @@ class AtomicScope(OneUse):
                 await roll_back(unit)
             return
         used = [unit for unit in self.units if unit.session.in_transaction()]
+        failures = list[BaseException]()
         if len(used) > 1 and not _only_read(used):
-            await self._commit_all(await self._in_order(used))
+            failures = await self._commit_all(await self._in_order(used))
         else:
             for unit in used:
                 unit.session.sync_session.twophase = False
                 await settle(unit, Decision.COMMIT, last=True)
         for unit in self.units:
             await unit._own_hooks().settled(committed=True)
+        for other in failures[1:]:
+            logger.error("Another listener failed after the COMMIT of atomic().", exc_info=other)
+        if failures:
+            raise failures[0]
 
     async def _in_order(self, used: list[UnitOfWork[Any]]) -> list[UnitOfWork[Any]]:
         """Return the units in the order of both phases, with a witness that lasts at the end."""
@@ -155,7 +165,8 @@ class AtomicScope(OneUse):
         for unit in units:
             await roll_back(unit)
 
-    async def _commit_all(self, units: list[UnitOfWork[Any]]) -> None:
+    async def _commit_all(self, units: list[UnitOfWork[Any]]) -> list[BaseException]:
+        """Prepare all, then commit all; return the errors of listeners that failed after their COMMIT."""
         names = [unit._database.name for unit in units]
         await units[-1].session.run_sync(_ask)
         for at, unit in enumerate(units):
@@ -169,18 +180,33 @@ class AtomicScope(OneUse):
                 if left := await _undo(reversed(units[:at])):
                     raise InDoubtError(self.transaction, [], left) from original
                 raise original  # noqa: B904  # the error itself, or was hidden by it
+        failures = list[BaseException]()
         for at, unit in enumerate(units):
-            state = _state(unit)
-            hooks, state.hooks = state.hooks, None  # they run after all have committed
             try:
-                await unit.session.commit()
+                failures += await _commit_prepared(unit)
             except BaseException as error:  # the witness must outlast the others
                 await _leave_behind(units[at:])
                 for committed in units[:at]:
                     await committed._own_hooks().settled(committed=True)
                 raise InDoubtError(self.transaction, names[:at], names[at:]) from error
-            finally:
-                state.hooks = hooks
+        return failures
+
+
+async def _commit_prepared(unit: UnitOfWork[Any]) -> list[BaseException]:
+    """Commit, leaving the hooks for later; return the error of a listener that failed after the COMMIT."""
+    state, committed = _state(unit), list[object]()
+    probe = Hooks(unit._database.name)
+    probe.after.append(RegisteredHook(run=partial(committed.append, unit), on_commit=True))
+    hooks, state.hooks = state.hooks, probe  # they run after all have committed
+    try:
+        await unit.session.commit()
+    except BaseException as error:
+        if not committed:
+            raise
+        return [error]
+    finally:
+        state.hooks = hooks
+    return []
 
 
 async def _run_hooks(unit: UnitOfWork[Any]) -> None:
@@ -239,7 +265,7 @@ def _prepare(session: Session) -> None:
     transaction = observed.connection().get_transaction()
     if isinstance(transaction, TwoPhaseTransaction):
         transaction.xid = observed._fastapi_async_sqlalchemy.xid
-    observed.prepare()
+    exclusive(Session.prepare)(observed)
 
 
 async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
@@ -259,7 +285,7 @@ async def _leave_behind(units: Iterable[UnitOfWork[Any]]) -> None:
     """Discard connections with their prepared transactions, which must not be rolled back."""
     for unit in units:
         unit._own_hooks().drop()
-        await unit.session.invalidate()
+        await unit.session.run_sync(cleaning(invalidate))
 
 
 def _original(error: BaseException) -> BaseException:

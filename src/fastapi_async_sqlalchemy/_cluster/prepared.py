@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import text
 
 from .._arguments.engines import place_of
-from .._dialects.begin import CLOCK
+from .._dialects.twophase import CLOCK
 from ..exceptions import ConfigurationError
 from .branch import Branch
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from contextlib import nullcontext
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Generic, NewType
+from typing import TYPE_CHECKING, Any, Final, Generic, NewType
 
 from attrs import define
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
 from .._arguments.checks import positive
+from .._dialects.alone import alone, is_idle, outside_transaction
 from .._session.checkout import pool_status, remedy_for
 from .._unit.database import S_co
 from ..exceptions import ConfigurationError, PoolTimeoutError, ReplicaLagError, UnitClosedError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
 
     from .._unit.scope import UnitScope
     from .._unit.unit import UnitOfWork
@@ -57,7 +60,14 @@ _GRACE: Final = 0.5
 
 async def written_position(session: AsyncSession) -> WalPosition:
     """Return a primary's current log position; everything committed lies before it."""
-    return WalPosition((await session.execute(text(_POSITION_SQL))).scalar_one())
+    return await session.run_sync(_position)
+
+
+def _position(session: Session) -> WalPosition:
+    connection = session.connection()
+    adapted: Any = connection.connection.dbapi_connection
+    with alone(adapted) if is_idle(adapted) else nullcontext():
+        return WalPosition(session.execute(text(_POSITION_SQL)).scalar_one())
 
 
 def require_postgresql(name: str, engine: AsyncEngine) -> None:
@@ -78,13 +88,14 @@ class Replay:
     """There is a connection, and the server was queried on it."""
 
     def __call__(self, connection: Connection) -> None:
-        """Wait, and roll the connection back each time: a snapshot taken before would be too old."""
+        """Wait outside of the transaction: a snapshot taken before would be too old."""
         self.asked = True
         deadline = monotonic() + self.timeout
         pause = _FIRST_PAUSE
         while True:
-            replayed, is_there = connection.execute(text(_REPLAYED_SQL), {"position": self.position}).one()
-            connection.connection.rollback()
+            with outside_transaction(connection):
+                found = connection.execute(text(_REPLAYED_SQL), {"position": self.position})
+                replayed, is_there = found.one()
             if is_there:
                 return
             if monotonic() + pause > deadline:
@@ -93,9 +104,8 @@ class Replay:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def replay(database: str, engine: AsyncEngine, position: object, timeout: object) -> Replay:
+def replay(database: str, position: object, timeout: object) -> Replay:
     """Validate the arguments of a unit that waits."""
-    require_postgresql("after()", engine)
     if not isinstance(position, str) or _POSITION.fullmatch(position) is None:
         wanted = "a position from `await primary.commit_position()`"
         msg = "position"

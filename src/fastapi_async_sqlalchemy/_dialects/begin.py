@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from sqlalchemy import event
-from sqlalchemy.dialects.postgresql.base import PGDialect
-from sqlalchemy.sql import text
 
 from .._arguments.checks import ISOLATION_LEVELS
 from ..exceptions import ConfigurationError
-from .statements import dated
+from .engines import is_settable, is_settled, note_end
+from .twophase import date_by_server, finish_in_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-    from .._arguments.checks import IsolationLevel
+    from .._arguments.checks import Begin, IsolationLevel
 
 
 @frozen(kw_only=True)
@@ -35,12 +34,25 @@ class TransactionSettings:
     deferrable: bool | None = None
     twophase: bool | None = None
     """The transaction is committed together with those of other databases."""
+    begin: Begin | None = None
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether plain reads need no transaction."""
+        return self.begin == "on_first_write" and not self.twophase
+
+    @property
+    def as_always(self) -> bool:
+        """Whether transactions have no settings, whenever they begin."""
+        return evolve(self, begin=None) == PLAIN
 
     def conflict(self, outer: TransactionSettings) -> str | None:
         """Return the first setting that an open unit does not meet, with both values."""
         given: dict[str, object] = asdict(outer)
         for name, wanted in asdict(self).items():
             has = given[name] or False if isinstance(wanted, bool) else given[name]
+            if name == "begin" and (has is None or wanted == "on_first_write"):
+                continue  # that is a permission, and a transaction from the start goes with it
             if wanted is not None and wanted != has:
                 return f"{name}={wanted!r} was asked for inside a unit with {name}={has!r}"
         return None
@@ -52,10 +64,6 @@ _SET_SESSION: Final = frozenset({"mysql", "mariadb"})
 _RESTORE_LEVEL: Final = "fastapi_async_sqlalchemy.restore_level"
 _RESTORE_ACCESS: Final = "fastapi_async_sqlalchemy.restore_access"
 _ACCESS: Final = "fastapi_async_sqlalchemy.access"
-CLOCK: Final = text("SELECT @@timestamp")
-"""The query for MariaDB's time in seconds since 1970, whatever the time zone."""
-XID: Final = "fastapi_async_sqlalchemy.xid"
-"""The name of the last two-phase transaction begun on a connection to MariaDB."""
 _QUERY_ONLY: Final = "fastapi_async_sqlalchemy.query_only"
 
 
@@ -65,15 +73,17 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
     They are set with BEGIN or before it; those that outlast the transaction are restored.
     Raises ``ConfigurationError`` for settings that the database does not have.
     """
+    if settings.as_always:
+        return engine
     dialect = engine.dialect
     derived = engine.execution_options(**_options_of(engine, settings))
     if settings.twophase:
         derived.dialect = named = copy.copy(dialect)
         named.create_xid = xid  # type: ignore[method-assign]  # our own copy
-        if dialect.driver == "psycopg":
-            _name_late(named)
-        elif dialect.name in _SET_SESSION:
-            _date_by_server(named)
+        if dialect.name in _SET_SESSION:
+            date_by_server(named)
+        else:
+            finish_in_one(engine, named)
     if settings.isolation_level is not None:
         event.listen(derived, "begin", _isolation_begin(settings.isolation_level))
         event.listen(derived, "begin_twophase", _isolation_begin(settings.isolation_level))
@@ -85,43 +95,6 @@ def engine_for(engine: Engine, settings: TransactionSettings, xid: Callable[[], 
         event.listen(derived, "begin", begin)
         event.listen(engine.pool, "reset", restore)
     return derived
-
-
-def _name_late(dialect: Any) -> None:
-    """Make a copy of psycopg's dialect send the statements of a two-phase commit as asyncpg's does.
-
-    psycopg's functions name a transaction when it begins, but the witness gets its name when it is prepared.
-    """
-    for name in ("do_begin_twophase", "do_prepare_twophase"):
-        setattr(dialect, name, partial(getattr(PGDialect, name), dialect))
-    for name in ("do_commit_twophase", "do_rollback_twophase"):
-        setattr(dialect, name, partial(_finish_prepared, partial(getattr(PGDialect, name), dialect)))
-
-
-def _finish_prepared(finish: Callable[..., None], connection: Connection, xid: str, *prepared: bool) -> None:
-    """Finish a transaction, a prepared one in autocommit: otherwise psycopg would first begin another."""
-    driver: Any = connection.connection.dbapi_connection
-    if prepared[0]:
-        driver.set_autocommit(True)
-    try:
-        finish(connection, xid, *prepared)
-    finally:
-        if prepared[0] and not driver.closed:
-            driver.set_autocommit(False)
-
-
-def _date_by_server(dialect: Any) -> None:
-    """Make a copy of MariaDB's dialect put the server's time into the names of two-phase transactions.
-
-    XA RECOVER does not report a transaction's age, which another machine must know.
-    """
-    begin = dialect.do_begin_twophase
-
-    def begin_dated(connection: Connection, xid: str) -> None:
-        connection.info[XID] = dated(xid, int(connection.execute(CLOCK).scalar_one()))
-        begin(connection, connection.info[XID])
-
-    dialect.do_begin_twophase = begin_dated
 
 
 def commits_by_itself(engine: AsyncEngine | Engine) -> bool:
@@ -178,18 +151,41 @@ def _isolation_begin(level: IsolationLevel) -> Callable[..., None]:
 
     def set_level(connection: Connection, *_: object) -> None:
         driver = connection.connection.dbapi_connection
-        if driver is not None:
-            connection.info[_RESTORE_LEVEL] = connection.dialect.reset_isolation_level
-            connection.dialect.set_isolation_level(driver, level)
+        if driver is None:
+            return
+        dialect = connection.dialect
+        if dialect.name in _SET_SESSION and is_settable(connection.connection):
+            connection.info[_RESTORE_LEVEL] = partial(_set_session, dialect.default_isolation_level)
+            _set_session(level, driver)
+        else:
+            connection.info[_RESTORE_LEVEL] = dialect.reset_isolation_level
+            dialect.set_isolation_level(driver, level)
 
     return set_level
+
+
+def _set_session(level: str | None, driver: DBAPIConnection) -> None:
+    """Set MariaDB's level while no transaction is open, by one statement; SQLAlchemy adds a COMMIT.
+
+    ``SET TRANSACTION``, for the next transaction alone, would end with a DDL, which commits by itself.
+    """
+    cursor = driver.cursor()
+    cursor.execute(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+    cursor.close()
 
 
 def _restore_level(driver: DBAPIConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
     """Restore the engine's own level on a connection that returns to the pool."""
     restore = record.info.pop(_RESTORE_LEVEL, None)
-    if restore is not None and not state.terminate_only:
-        driver.rollback()  # the dialect ends a change of level by COMMIT
+    if restore is None or state.terminate_only:
+        return
+    if isinstance(restore, partial):
+        settled = is_settled(record)
+        restore(driver)
+        if settled:
+            note_end(record)
+    else:
+        driver.rollback()  # SQLAlchemy's ends by COMMIT on MariaDB
         restore(driver)
 
 

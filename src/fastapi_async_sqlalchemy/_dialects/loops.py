@@ -33,20 +33,36 @@ def renew_queue(engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
 
     A connection that serves another loop alone must go before the pool tests it (``pool_pre_ping``).
     """
-    pool = engine.pool
-    if not isinstance(pool, QueuePool):
-        return
-    old: Any = pool._pool  # private of QueuePool: its idle connections have no public name
-    new = type(old)(old.maxsize, old.use_lifo)
-    while old.qsize():
-        record: ConnectionPoolEntry = old.get(block=False)
+    for record in _requeue(engine.pool):
         if engine.dialect.driver in _LOOP_BOUND and record.dbapi_connection is not None:
             own = _loop_of(record)
             if own is not None and own is not loop:
                 _end_in(own, record)
                 record.dbapi_connection = None  # type: ignore[misc]  # SQLAlchemy's recipe; it connects again
-        new.put_nowait(record)
-    pool._pool = new
+
+
+def leave_to_parent(engine: Engine, forked: float) -> list[DBAPIConnection]:
+    """Empty the pool of connections that are older than this process; return them, not touched."""
+    kept: list[DBAPIConnection] = []
+    for record in _requeue(engine.pool):
+        opened: float = getattr(record, "starttime")  # noqa: B009  # not of the entry's public interface
+        if record.dbapi_connection is not None and opened < forked:
+            kept.append(record.dbapi_connection)
+            record.dbapi_connection = None  # type: ignore[misc]  # as above
+    return kept
+
+
+def _requeue(pool: Pool) -> list[ConnectionPoolEntry]:
+    """Give a pool a new queue with its idle connections, and return these."""
+    records: list[ConnectionPoolEntry] = []
+    if isinstance(pool, QueuePool):
+        old: Any = pool._pool  # private of QueuePool: its idle connections have no public name
+        new = type(old)(old.maxsize, old.use_lifo)
+        while old.qsize():
+            records.append(old.get(block=False))
+            new.put_nowait(records[-1])
+        pool._pool = new
+    return records
 
 
 def serve_any_loop(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, cast
 from weakref import ref
@@ -19,13 +20,13 @@ from ..exceptions import PoolTimeoutError, PropagationError
 from .state import task_at_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Session
     from sqlalchemy.pool import Pool
 
-    from .state import Shared
+    from .state import SessionState, Shared, StatefulSession
 
 T = TypeVar("T")
 
@@ -63,8 +64,9 @@ class Places:
     awaited: Mapping[asyncio.Task[Any], asyncio.Task[Any]]
     """For each task, the task that waits for its end."""
     _holders: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
-    _waiting: dict[asyncio.Future[None], Checkout] = Factory(dict["asyncio.Future[None]", "Checkout"])
-    _tasks: dict[Checkout, asyncio.Task[Any] | None] = Factory(dict["Checkout", "asyncio.Task[Any] | None"])
+    _waiting: dict[asyncio.Future[None], Wait] = Factory(dict["asyncio.Future[None]", "Wait"])
+    _blocked: Counter[asyncio.Task[Any]] = Factory(Counter["asyncio.Task[Any]"])
+    """For each task, how many waits it cannot go on before the end of."""
 
     async def take(self, checkout: Checkout) -> None:
         """Wait for a place; raise ``PropagationError`` if every holder waits for this one."""
@@ -73,8 +75,9 @@ class Places:
             self._holders[checkout] = task
             return
         granted = asyncio.get_running_loop().create_future()
-        self._waiting[granted], self._tasks[checkout] = checkout, task
-        self.refuse_deadlock()
+        self._waiting[granted] = wait = Wait(checkout, task)
+        self._begin(wait)
+        self._refuse_deadlock()
         try:
             await granted
         except BaseException:
@@ -82,31 +85,62 @@ class Places:
                 self.give_back(checkout)
             raise
         finally:
-            self._waiting.pop(granted, None)
-            del self._tasks[checkout]
+            if self._waiting.pop(granted, None) is not None:
+                self._end(wait)
 
     def give_back(self, checkout: Checkout) -> None:
         """Pass the place to the next session."""
         del self._holders[checkout]
-        for granted, following in self._waiting.items():
+        while self._waiting:
+            granted = next(iter(self._waiting))
+            wait = self._waiting.pop(granted)
+            self._end(wait)
             if not granted.done():
-                self._holders[following] = self._tasks[following]
+                self._holders[wait.checkout] = wait.task
                 granted.set_result(None)
                 return
 
     def refuse_deadlock(self) -> None:
+        """Look at all waits again, after tasks have begun to wait for others."""
+        self._blocked.clear()
+        for wait in self._waiting.values():
+            self._begin(wait)
+        self._refuse_deadlock()
+
+    def _begin(self, wait: Wait) -> None:
+        blocked, task = dict[asyncio.Task[Any], None](), wait.task
+        while task is not None and task not in blocked:
+            blocked[task] = None
+            task = self.awaited.get(task)
+        wait.blocked = tuple(blocked)
+        self._blocked.update(wait.blocked)
+
+    def _end(self, wait: Wait) -> None:
+        for task in wait.blocked:
+            self._blocked[task] -= 1
+            if not self._blocked[task]:
+                del self._blocked[task]
+
+    def _refuse_deadlock(self) -> None:
         """Fail the latest wait if every holder waits, itself or by its children, for one of the waiters."""
-        blocked = set[asyncio.Task[Any] | None]()
-        open_waits = [granted for granted in self._waiting if not granted.done()]
-        for granted in open_waits:
-            task = self._tasks[self._waiting[granted]]
-            while task is not None and task not in blocked:
-                blocked.add(task)
-                task = self.awaited.get(task)
-        if open_waits and self._holders and set(self._holders.values()) <= blocked:
-            database = self._waiting[open_waits[-1]].database
-            error = PropagationError(database, _DEADLOCK.format(self.limit), _RAISE_LIMIT)
-            open_waits[-1].set_exception(error)
+        holders = set(self._holders.values())
+        if not holders or not self._blocked.keys() >= holders:
+            return
+        # a wait that was cancelled still counts until its task goes on
+        waits = [(granted, wait) for granted, wait in self._waiting.items() if not granted.done()]
+        if waits and holders <= {task for _, wait in waits for task in wait.blocked}:
+            granted, wait = waits[-1]
+            error = PropagationError(wait.checkout.database, _DEADLOCK.format(self.limit), _RAISE_LIMIT)
+            granted.set_exception(error)
+
+
+@define(eq=False, repr=False)
+class Wait:
+    """A session that waits for a place, and the tasks that cannot go on before it has one."""
+
+    checkout: Checkout
+    task: asyncio.Task[Any] | None
+    blocked: tuple[asyncio.Task[Any], ...] = ()
 
 
 @frozen(kw_only=True, eq=False)
@@ -142,10 +176,57 @@ class Limits:
         return limited
 
 
+def holds_connection_of(session: StatefulSession, pool: Pool, waiting: Collection[object]) -> bool:
+    """Whether a session holds a connection of a pool in a transaction that one of the tasks has begun."""
+    transaction = session.get_transaction()
+    if transaction is None or session._fastapi_async_sqlalchemy.beginner not in waiting:
+        return False
+    return any(connection.engine.pool is pool for connection, *_ in transaction._connections.values())
+
+
+@define(eq=False, repr=False)
+class NestedRoute:
+    """The route of a unit inside others: it refuses a wait for a connection that only they could give."""
+
+    session: ref[StatefulSession]
+    enclosing: Callable[[], Iterable[StatefulSession]]
+    before: Route | None
+
+    def __call__(self, bind: Engine | Connection) -> Engine | Connection:
+        """Return the engine."""
+        session = self.session()
+        if session is not None and isinstance(bind, Engine):
+            state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
+            if state.holder is not None and not (transaction is not None and transaction._connections):
+                self._refuse_deadlock(bind.pool, state)
+        return bind if self.before is None else self.before(bind)
+
+    def _refuse_deadlock(self, pool: Pool, state: SessionState) -> None:
+        status = pool_status(pool)
+        if status.available != 0:
+            return
+        task, waiting = state.holder, set[object]()
+        while task is not None and task not in waiting:
+            waiting.add(task)
+            task = state.shared.awaited.get(task)
+        held = {one for one in self.enclosing() if holds_connection_of(one, pool, waiting)}
+        if len(held) >= (status.checked_out or 0):
+            timeout = None if state.checkout is None else state.checkout.limits.timeout
+            raise PoolTimeoutError(state.shared.name, _deadline(timeout, pool) or 0.0, status, _NESTED)
+
+
+def _deadline(timeout: float | None, pool: Pool) -> float | None:
+    """Return how many seconds a wait for a connection may take; None for a pool without a deadline."""
+    return pool.timeout() if timeout is None and isinstance(pool, QueuePool) else timeout
+
+
 def _connect(shared: Shared, engine: ref[Engine]) -> Connection:
-    """Check a connection out for the session at work; called inside SQLAlchemy's greenlet."""
-    state = shared.operating[task_at_work()]._fastapi_async_sqlalchemy
-    return cast("Checkout", state.checkout).connect(cast("Engine", engine()), state.outer_holds)
+    """Check a connection out, for the session at work; called inside SQLAlchemy's greenlet."""
+    session, found = shared.operating.get(task_at_work()), cast("Engine", engine())
+    state = None if session is None else session._fastapi_async_sqlalchemy
+    if state is None or state.checkout is None:  # user code connects by what `get_bind()` has returned
+        return type(found).connect(found)
+    return state.checkout.connect(found, state.outer_holds)
 
 
 def limits_of(
@@ -178,9 +259,7 @@ class Checkout:
         if self.limits.places is not None and not self.placed:
             self._wait_for(self.limits.places.take(self), self.limits.timeout, engine, lambda _: NO_PLACE)
             self.placed = True
-        timeout, pool = self.limits.timeout, engine.pool
-        if timeout is None and isinstance(pool, QueuePool):
-            timeout = pool.timeout()
+        timeout = _deadline(self.limits.timeout, engine.pool)
 
         def remedy(status: PoolStatus) -> str:
             return _UNREACHABLE if status.available != 0 else remedy_for(outer_holds)

@@ -74,7 +74,7 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
         await state.idle()
         return
     try:
-        await opened.invalidate()
+        await opened.run_sync(Session.invalidate)
     except IllegalStateChangeError:
         if state.operation in ENDINGS or connection is not None:
             await state.idle()

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from anyio import CancelScope
@@ -107,9 +108,7 @@ class Hooks:
             if hook.undone:
                 continue
             try:
-                result = hook.run()
-                if inspect.isawaitable(result):
-                    await result
+                await self._call(hook)
             except BaseException as error:
                 self.marks.append(RollbackMark(reason=_HOOK_FAILED, cause=error))
                 raise
@@ -129,12 +128,22 @@ class Hooks:
         hooks, self.due = self.due, []
         await self._run(iter(hooks))
 
+    async def _call(self, hook: RegisteredHook) -> None:
+        """Run a hook; tasks that it starts know it by their context."""
+        call = RunningHook(self)
+        token = _running.set((*_running.get(), call))
+        try:
+            result = hook.run()
+            if inspect.isawaitable(result):
+                await result
+        finally:
+            call.hooks = None
+            _running.reset(token)
+
     async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
         for hook in hooks:
             try:
-                result = hook.run()
-                if inspect.isawaitable(result):
-                    await result
+                await self._call(hook)
             except Exception:
                 logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
             except asyncio.CancelledError:
@@ -165,6 +174,24 @@ class Hooks:
         """Undo a registration together with the current savepoint, if there is one."""
         if savepoint is not None:
             self.inside.setdefault(savepoint, []).append(registered)
+
+
+@define(eq=False, repr=False)
+class RunningHook:
+    """A hook that is running."""
+
+    hooks: Hooks | None
+    """None once it has ended."""
+
+
+_running: Final[ContextVar[tuple[RunningHook, ...]]] = ContextVar(
+    "fastapi_async_sqlalchemy.running_hooks", default=()
+)
+
+
+def in_hook_of(hooks: Hooks | None) -> bool:
+    """Whether the current task was started by one of these hooks, which may be waiting for it."""
+    return hooks is not None and any(call.hooks is hooks for call in _running.get())
 
 
 def _begin_by(hook: BeginHook, connection: Connection) -> None:

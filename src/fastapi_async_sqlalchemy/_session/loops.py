@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet, ref
 
 from attrs import Factory, define
 
-from .._dialects.loops import forget_connections, has_queue, renew_queue, serve_any_loop
+from .._dialects.liveness import replace_dead
+from .._dialects.loops import forget_connections, has_queue, leave_to_parent, renew_queue, serve_any_loop
 from ..exceptions import ConcurrentUseError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import Pool
 
 _REFUSED: Final = "another running event loop uses the engine"
@@ -34,11 +37,14 @@ class Loops:
     """A parent process's pools; kept, because some drivers close connections when collected."""
 
     def follow(self, engine: Engine) -> None:
-        """Watch an engine for a change of event loop, and for a fork of its process."""
+        """Watch an engine for a change of event loop, a fork of its process, and connections that died."""
         if not self.engines and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
+        if _process.forked is not None:  # the parent may have used it before anybody watched it
+            _process.inherited += leave_to_parent(engine, _process.forked)
         self.engines.add(engine)
         serve_any_loop(engine)
+        replace_dead(engine)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the loop in which an engine is bound use it."""
@@ -58,6 +64,25 @@ class Loops:
         """Leave the connections to the parent process."""
         self.current = None
         self._inherited += [forget_connections(engine) for engine in self.engines]
+
+
+@define(eq=False)
+class _Process:
+    """What this process knows of its parent."""
+
+    forked: float | None = None
+    """When it was forked, by the clock of SQLAlchemy's pools; None for a process that was not."""
+    inherited: list[DBAPIConnection] = Factory(list["DBAPIConnection"])
+    """Connections of the parent, kept as above."""
+
+    def note_fork(self) -> None:
+        """Record that this process is a child."""
+        self.forked = time.time()
+
+
+_process: Final = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.note_fork)
 
 
 def _forget_in_child(loops: ref[Loops]) -> None:

@@ -58,6 +58,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
 def _after_begin(session: StatefulSession, transaction: SessionTransaction, connection: Connection) -> None:
     state = session._fastapi_async_sqlalchemy
     shared = state.shared
+    state.beginner = state.holder
     if connection.engine is not shared.engine:
         shared.listen(connection.engine)
     if transaction.nested:
@@ -156,11 +157,11 @@ def _after_commit(session: StatefulSession) -> None:
         state.hooks.decide(committed=True)
 
 
-def end_committed(session: StatefulSession) -> None:
-    """End a transaction that was committed although ``commit()`` raises: a user's listener failed."""
+def end_interrupted(session: StatefulSession) -> None:
+    """End a transaction whose end a user's listener has cut short by an error."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
     if transaction is None:
-        if state.committed:  # a listener of its end prevented ours from running
+        if state.committed or state.ledger is not BLANK:  # ours was not reached
             _end_root(session, state)
         return
     if state.committing:  # our listener was not reached, and the database did not refuse
@@ -188,6 +189,7 @@ def _after_transaction_end(session: StatefulSession, transaction: SessionTransac
 def _end_root(session: StatefulSession, state: SessionState) -> None:
     unknown, state.ledger = state.ledger.unknown, BLANK
     committed, state.committed, state.committing = state.committed, False, False
+    state.beginner = None
     if not committed:
         for block in state.joined:
             block.broken = block.broken or block.elsewhere()

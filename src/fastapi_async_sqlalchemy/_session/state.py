@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .checkout import Checkout, Route
     from .hooks import Hooks
-    from .streams import Stream
+    from .streams import ConnectionStream, Stream
     from .waiting import Turn
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -125,7 +125,7 @@ class SessionState:
     """COMMIT was requested and is about to be sent."""
     released: bool = False
     """A savepoint was just released and is about to end."""
-    streams: tuple[Stream, ...] = ()
+    streams: tuple[Stream | ConnectionStream, ...] = ()
     hooks: Hooks | None = None
     checkout: Checkout | None = None
     """The checkout of the session's connections, if it is limited."""
@@ -139,6 +139,8 @@ class SessionState:
     """The value of ``close_resets_only`` while the unit is open."""
     joined: Sequence[JoinedBlock] = ()
     """The open blocks that have joined the unit."""
+    beginner: asyncio.Task[Any] | None = None
+    """The task whose operation has begun the transaction."""
     committed: bool = False
     """COMMIT is done, and the transaction is about to end."""
     exposed: frozenset[Connection] = frozenset()
@@ -148,6 +150,8 @@ class SessionState:
     """The tasks that wait for their turn."""
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is settled."""
+    reads_alone: bool = False
+    """Plain reads are sent without a transaction until it has begun."""
     xid: str = ""
     """The name of the transaction, if it takes part in a two-phase commit."""
 
@@ -206,6 +210,15 @@ class SessionState:
         streams, self.streams = self.streams, ()
         for stream in streams:
             stream.close()
+
+    def may_read_alone(self) -> bool:
+        """Whether nobody relies on a transaction that has not begun."""
+        return (
+            self.reads_alone
+            and not self.ledger.begun
+            and not (self.hooks is not None and self.hooks.begin)
+            and not (self.exposed and not all(one.closed for one in self.exposed))
+        )
 
     def writing(self) -> Ledger:
         """Return the current transaction's ledger for writing."""

@@ -11,6 +11,8 @@ from sqlalchemy.engine import CursorResult, Result
 from .._dialects.statements import UNBUFFERED
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import ExecutionContext
+
     from .state import StatefulSession
 
 
@@ -49,6 +51,41 @@ class Stream:
             (held if isinstance(held, Result) else held.cursor).close()
 
 
+@frozen(eq=False, repr=False)
+class ConnectionStream:
+    """A result that user code has opened on the session's connection itself."""
+
+    _held: ref[Any]
+    """The context of its statement, which lives as long as the result."""
+    unbuffered: bool = True
+
+    @property
+    def unread(self) -> bool:
+        """Whether the result is still referenced and not read to its end."""
+        cursor = getattr(self._held(), "cursor", None)
+        if not getattr(cursor, "server_side", False):
+            return False
+        # SQLAlchemy closes the cursor after the last row; its adapters show that by no public name
+        return getattr(cursor, "_cursor", None) is not None
+
+    between_rows = unread
+
+    def close(self) -> None:
+        """Discard the remaining rows."""
+        held = self._held()
+        if held is not None and self.unread:
+            held.cursor.close()
+
+
+def watch_connection_stream(session: StatefulSession, context: ExecutionContext) -> None:
+    """Register a result that is about to be opened on the session's connection itself."""
+    if context.dialect.name in UNBUFFERED:
+        state = session._fastapi_async_sqlalchemy
+        streams = [one for one in state.streams if one.unread]
+        state.streams = (*streams, ConnectionStream(ref(context)))
+        state.shared.unbuffered = True
+
+
 def watch_stream(session: StatefulSession, result: object) -> None:
     """Register a result that is still to be read, and its session for errors while reading."""
     state = session._fastapi_async_sqlalchemy
@@ -62,7 +99,7 @@ def watch_stream(session: StatefulSession, result: object) -> None:
     cursor: CursorResult[Any] = raw
     held: Any = cursor.context if cursor is found else found
     stream = Stream(ref(held), vars(cursor), cursor.dialect.name in UNBUFFERED)
-    state.streams += (stream,)
+    state.streams = (*(one for one in state.streams if one.unread), stream)
     state.shared.connections[cursor.connection] = ref(session)
     state.shared.unbuffered = state.shared.unbuffered or stream.unbuffered
 

@@ -18,6 +18,7 @@ from sqlalchemy.util import EMPTY_DICT, await_only
 from ..exceptions import ConcurrentUseError, PoolTimeoutError, UnexpectedRollbackError, UnitClosedError
 from .cancellation import clear_frames
 from .checkout import pool_status, remedy_for
+from .hooks import in_hook_of
 from .restoring import note_loaded
 from .state import SessionState, StatefulSession, task_at_work, task_name
 from .streams import watch_stream
@@ -72,11 +73,12 @@ def returning(method: Callable[..., Any]) -> Callable[..., Any]:
     guarded = exclusive(method)
 
     @functools.wraps(method)
-    def operation(session: StatefulSession, statement: Any, *args: Any, **kwargs: Any) -> Any:
+    def operation(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
+        statement = args[0] if args else kwargs.get("statement")
         closed = session._fastapi_async_sqlalchemy.closed
         if getattr(statement, "is_dml", False) and session.identity_map and not closed:
             note_loaded(session, statement)
-        return guarded(session, statement, *args, **kwargs)
+        return guarded(session, *args, **kwargs)
 
     return operation
 
@@ -187,6 +189,8 @@ def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> 
     Return whether it is inside another one.
     """
     while state.settling and state.holder is not None and state.holder is not task:
+        if in_hook_of(state.hooks):
+            break  # the settlement may be waiting for this task
         await_only(state.idle())
     if state.shared.waits and task is not None and state.holder not in {None, task} and not state.closed:
         await_only(wait_for_turn(state, task, name))
@@ -260,6 +264,13 @@ def _leave_to_others(session: StatefulSession, state: SessionState, task: asynci
             wake(state)
 
 
+def refuse_to_lose_rows(session: StatefulSession | None) -> None:
+    """Refuse a statement on the session's connection itself; an operation of the session was asked before."""
+    state = None if session is None else session._fastapi_async_sqlalchemy
+    if state is not None and state.holder is None:
+        _refuse_between_rows(state, task_at_work(), "execute")
+
+
 def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> None:
     """Refuse an operation if the driver would lose the remaining rows of a stream."""
     if any(stream.between_rows for stream in state.streams):
@@ -278,7 +289,7 @@ def _translate(state: SessionState, error: BaseException) -> None:
     flush_failed = type(error) is PendingRollbackError and state.operation == "commit"
     if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
-    if isinstance(error, PoolTimeout):
+    if isinstance(error, PoolTimeout) and not isinstance(error, PoolTimeoutError):
         pools = [engine.pool for engine in state.shared.loops.engines]
         pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
         timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0

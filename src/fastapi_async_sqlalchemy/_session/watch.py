@@ -12,12 +12,17 @@ from attrs import Factory, define
 from sqlalchemy import event
 
 from .._dialects.errors import begin_in_time, is_transaction_lost
+from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
 from .outcome import check_again
 from .state import Shared, note_statement, task_at_work
+from .streams import watch_connection_stream
+from .turns import refuse_to_lose_rows
 from .watched import watched_class
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
     from sqlalchemy.engine.interfaces import DBAPICursor
     from sqlalchemy.orm import Session
@@ -37,6 +42,8 @@ class Watch(Shared):
     """The watched classes that take certain models alone."""
     models: Models | None = None
     """The models of all those classes, unless they differ: then each statement's session is looked up."""
+    taken_in: Callable[[Engine], None] | None = None
+    """The function by which an open test sandbox takes in each further engine."""
 
     def session_class(self, base: type[Session], models: Models | None) -> type[WatchedSession]:
         """Return the watched subclass of a ``sync_session_class``, for sessions that take certain models."""
@@ -54,11 +61,31 @@ class Watch(Shared):
         if engine in self.loops.engines:
             return
         self.loops.follow(engine)
+        if self.taken_in is not None:
+            self.taken_in(engine)
         dialect = engine.dialect  # engines derived from one another share it
         event.listen(dialect, "do_execute", self._do_execute)
         event.listen(dialect, "do_executemany", self._do_execute)
         event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
         event.listen(dialect, "handle_error", self._handle_error)
+
+    def read_alone(self, engine: Engine) -> None:
+        """Send plain reads of sessions that allow it without a transaction; a second call has no effect."""
+        event.listen(engine.dialect, "do_execute", self._send_alone)
+
+    def _send_alone(
+        self, cursor: DBAPICursor, statement: str, values: object, context: ExecutionContext
+    ) -> bool | None:
+        if not is_plain(statement):
+            note_settings(statement, context.root_connection)
+            return None
+        session = self.operating.get(task_at_work())
+        if session is None or not session._fastapi_async_sqlalchemy.may_read_alone() or session.twophase:
+            return None
+        transaction = session.get_transaction()
+        if transaction is None or context.root_connection not in transaction._connections:
+            return None
+        return is_alone(context.dialect, Shared) and send_alone(cursor, statement, values, context)
 
     def xid(self) -> str:
         """Return the name of the two-phase transaction that the session at work is beginning."""
@@ -71,9 +98,15 @@ class Watch(Shared):
         if self.guarded and (self.models is None or not self.models.decided(context.compiled)):
             self._require_own(context)
         options = context.execution_options
+        if self.unbuffered:
+            refuse_to_lose_rows(self.session_of(context.root_connection))
         if "stream_results" in options or "yield_per" in options:
             session = self.session_of(context.root_connection)
-            if session is not None:
+            if session is None:
+                pass
+            elif session._fastapi_async_sqlalchemy.holder is None:  # the connection's own method
+                watch_connection_stream(session, context)
+            else:
                 session._fastapi_async_sqlalchemy.streamed = True
         if not statement.startswith("SELECT"):
             session = self.session_of(context.root_connection)

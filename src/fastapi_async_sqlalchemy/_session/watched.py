@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import ref
 
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, end_committed, follow, require_commit
+from .outcome import decide_rollback, end_interrupted, follow, require_commit
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import exclusive
 
@@ -56,13 +58,17 @@ class WatchedSession(StatefulSession):
         try:
             super().commit()
         except BaseException:
-            end_committed(self)
+            end_interrupted(self)
             raise
 
     def rollback(self) -> None:
         """Roll back; lift every mark that forbids COMMIT."""
         decide_rollback(self, lifts_marks=True)
-        super().rollback()
+        try:
+            super().rollback()
+        except BaseException:
+            end_interrupted(self)
+            raise
 
     def close(self) -> None:
         """Close for good once the unit has ended; before that, follow ``close_resets_only``."""
@@ -70,27 +76,7 @@ class WatchedSession(StatefulSession):
         if state.closed or not state.resets_on_close:
             super().close()
         else:
-            self.reset()
-
-    def reset(self) -> None:
-        """Reset the session, with a WARNING about discarded writes: callers often do not expect that."""
-        state = self._fastapi_async_sqlalchemy
-        if has_written(self):
-            logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(self))
-        decide_rollback(self)
-        super().reset()
-
-    def invalidate(self) -> None:
-        """Discard the connections, and reset the session unless the unit has ended."""
-        if self._fastapi_async_sqlalchemy.closed:
-            super().invalidate()
-            return
-        decide_rollback(self)
-        transaction = self.get_nested_transaction() or self.get_transaction()
-        while transaction is not None:
-            ended, transaction = transaction, transaction.parent
-            ended.close(invalidate=True)
-        super().reset()
+            reset(self)
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Engine | Connection:
         """Return the engine that the session's own class chooses, or one derived from it."""
@@ -119,6 +105,32 @@ class WatchedSession(StatefulSession):
         if not nested:  # a transaction begun around a savepoint has no explicit owner
             self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
+
+
+def invalidate(session: StatefulSession) -> None:
+    """Discard the connections, and reset the session unless the unit has ended."""
+    if session._fastapi_async_sqlalchemy.closed:
+        Session.invalidate(session)
+        return
+    decide_rollback(session)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    while transaction is not None:
+        ended, transaction = transaction, transaction.parent
+        ended.close(invalidate=True)
+    Session.reset(session)
+
+
+def reset(session: StatefulSession) -> None:
+    """Reset a session, with a WARNING about discarded writes: callers often do not expect that."""
+    state = session._fastapi_async_sqlalchemy
+    if has_written(session):
+        logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(session))
+    decide_rollback(session)
+    try:
+        Session.reset(session)
+    except BaseException:
+        end_interrupted(session)
+        raise
 
 
 def _reached(state: SessionState, bind: Engine | Connection) -> Engine | Connection:
@@ -160,13 +172,17 @@ def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end
     try:
         end()
     except BaseException:
-        end_committed(session)
+        end_interrupted(session)
         raise
 
 
 @partial(exclusive, name="rollback")
-def _roll_back_owned(_: StatefulSession, end: Callable[[], None]) -> None:
-    end()
+def _roll_back_owned(session: StatefulSession, end: Callable[[], None]) -> None:
+    try:
+        end()
+    except BaseException:
+        end_interrupted(session)
+        raise
 
 
 def watched_class(base: type[Session], shared: Shared, models: Models | None = None) -> type[WatchedSession]:
@@ -176,14 +192,17 @@ def watched_class(base: type[Session], shared: Shared, models: Models | None = N
         "__del__": _finalizer(getattr(base, "__del__", None)),
         "__module__": base.__module__,
         "__doc__": base.__doc__,
+        # a class written for an early SQLAlchemy may have such a method, for something else
+        "reset": reset if base.reset is Session.reset else base.reset,
+        "invalidate": invalidate if base.invalidate is Session.invalidate else base.invalidate,
     }
     if models is not None:
         members["get_bind"] = _get_bind_of(models)
     watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
     for guard, names in _GUARDS:
         for name in names:
-            if hasattr(watched, name):
-                setattr(watched, name, guard(getattr(watched, name)))
+            if isinstance(method := inspect.getattr_static(watched, name, None), FunctionType):
+                setattr(watched, name, guard(method))
     follow(watched)
     if models is not None:
         models.follow(watched)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 from .._unit.database import S_co
 from .._unit.place import Handle
+from .._unit.scope import UnitScope
 from .fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
 from .opening import open_scope
 from .transactional import F, decorator
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextlib import AbstractAsyncContextManager
 
-    from .._arguments.checks import IsolationLevel, Propagation
+    from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import SessionArgs
     from .._unit.unit import UnitOfWork
+
+
+_NOTHING: Final = (None,) * 7
 
 
 class Blocks(Handle[S_co]):
@@ -33,6 +37,7 @@ class Blocks(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
@@ -51,11 +56,18 @@ class Blocks(Handle[S_co]):
 
         ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
         ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout.
-        ``multi_sessions=True`` is the name of ``db.per_task()`` in release 0.8.
+        Under PostgreSQL's ``begin="on_first_write"`` plain reads before the first other statement are sent
+        without a transaction. ``multi_sessions=True`` is the name of ``db.per_task()`` in release 0.8.
 
         Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
         argument, and on entry ``PropagationError``.
         """
+        given = session_args, read_only, isolation_level, deferrable, begin, max_concurrent, pool_timeout
+        plain = given == _NOTHING and propagation == "requires_new" and multi_sessions is False
+        commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
+        # the usual call is written out, because passing all of it on costs more than the unit
+        if plain and (commits is True or commits is False):
+            return UnitScope(self._database.configs[commits], self._current)
         return open_scope(
             self,
             session_args,
@@ -64,6 +76,7 @@ class Blocks(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             multi_sessions=multi_sessions,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
@@ -77,12 +90,16 @@ class Blocks(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
         """Return a unit of work that commits at the end of its block, for ``async with db.begin() as unit:``.
 
         An error that leaves the block rolls back. The arguments are those of ``db(...)``.
         """
+        given = session_args, read_only, isolation_level, deferrable, begin, pool_timeout, None
+        if given == _NOTHING and propagation == "requires_new":
+            return UnitScope(self._database.configs[True], self._current)
         return open_scope(
             self,
             session_args,
@@ -91,6 +108,7 @@ class Blocks(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             pool_timeout=pool_timeout,
         )
 
@@ -103,6 +121,7 @@ class Blocks(Handle[S_co]):
         read_only: bool | None = None,
         isolation_level: IsolationLevel | None = None,
         deferrable: bool | None = None,
+        begin: Begin | None = None,
         pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
         """Return a block in which each task that asks for ``db.session`` gets a separate unit.
@@ -118,6 +137,7 @@ class Blocks(Handle[S_co]):
             read_only=read_only,
             isolation_level=isolation_level,
             deferrable=deferrable,
+            begin=begin,
             multi_sessions=True,
             max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from attrs import Factory, define, evolve
 
-from .._arguments.checks import boolean, optional_count
+from .._arguments.checks import boolean, optional_count, optional_seconds
+from .._arguments.keywords import session_arguments
 from .._session.cancellation import to_completion
 from .._session.checkout import limits_of
 from .._unit.database import S_co
@@ -67,13 +68,14 @@ def _children_of(
     database, current = handle._database, handle._current
     if commit_on_exit is not None:
         boolean("commit_on_exit", commit_on_exit)
+    arguments = session_arguments(session_args)
     _ = database.engine
     found = open_unit(current)
     config = database.configs[database.commit_on_exit] if found is None else found._config
     if config.settings.twophase:  # each of the children ends separately
         config = evolve(config, make=None, settings=database.settings)
-    if session_args is not None:
-        config = evolve(config, make=database.maker(session_args, config.settings))
+    if arguments:
+        config = evolve(config, make=database.maker(arguments, config.settings))
     if commit_on_exit is not None:
         config = evolve(config, commit_on_exit=commit_on_exit)
     return Children(config, current)
@@ -280,6 +282,7 @@ def open_connection(
     commit_on_exit: bool | None,  # noqa: FBT001  # three values
 ) -> Connection[S_co]:
     """Return the block for ``db.connection()``."""
+    optional_seconds("timeout", timeout)
     children = _children_of(handle, commit_on_exit, None)
     limits = limits_of("timeout", timeout, None, handle._database.shared, children.config.limits)
     return Connection(UnitScope(evolve(children.config, limits=limits), children.current))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._arguments.checks import boolean, mapping, propagation_of
-from .._arguments.engines import create_engine, holder
+from .._arguments.checks import begin_of, boolean, mapping, propagation_of
+from .._arguments.engines import holder
+from .._arguments.keywords import session_arguments
 from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
+from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
@@ -17,6 +19,7 @@ from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
 from .._unit.unit import UnitOfWork
+from .._unit.warming import require_room, warm_up, warm_up_of
 from ..exceptions import ConfigurationError, TransactionBegunError
 from .each import TaskUnitsScope
 from .fan_out import open_connection
@@ -28,13 +31,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from starlette.requests import HTTPConnection
 
-    from .._arguments.checks import IsolationLevel, Propagation
+    from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
     from .._dialects.begin import TransactionSettings
     from .._unit.database import S_co
 
 P = TypeVar("P")
+
+_FALLBACK: Final = "fallback must be the primary's proxy, which has an engine of its own."
 
 
 def open_scope(
@@ -46,46 +51,48 @@ def open_scope(
     read_only: bool | None = None,
     isolation_level: IsolationLevel | None = None,
     deferrable: bool | None = None,
+    begin: Begin | None = None,
     multi_sessions: bool = False,
     max_concurrent: int | None = None,
     pool_timeout: float | None = None,
 ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
     """Return the block for ``db(...)``, ``db.begin(...)`` and ``db.per_task(...)``."""
     database, make, limits = handle._database, None, None
-    if commit_on_exit is None:
-        commit_on_exit = database.commit_on_exit
-    elif commit_on_exit is not False and commit_on_exit is not True:
-        boolean("commit_on_exit", commit_on_exit)
+    commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
     settings = database.settings
-    if not (read_only is None and isolation_level is None and deferrable is None):
-        settings = transaction_settings(read_only, isolation_level, deferrable, settings)
-    if session_args is not None or settings is not database.settings:
-        make = database.maker(session_args, settings)
+    if not (read_only is None and isolation_level is None and deferrable is None and begin is None):
+        settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
-    config = database.configs[commit_on_exit]
+    if propagation != "requires_new":
+        propagation_of(propagation)
+    for_each_task = multi_sessions is not False or max_concurrent is not None
+    if for_each_task:
+        _check_for_each_task(multi_sessions, propagation)
+    if session_args is not None:
+        # an empty mapping is no argument
+        session_args = cast("SessionArgs", session_arguments(session_args)) or None
+    if session_args or settings is not database.settings:
+        make = database.maker(session_args, settings)
+    config = database.configs[commits]
     if make or limits:
-        config = UnitConfig(database, settings, make, limits, commit_on_exit)
+        config = UnitConfig(database, settings, make, limits, commits)
     new = UnitScope(config, handle._current)
-    if multi_sessions is not False or max_concurrent is not None:
-        return _for_each_task(new, multi_sessions, propagation)
-    if propagation == "requires_new":
-        return new
-    return PropagatingScope(new, propagation_of(propagation), session_args is not None)
+    if for_each_task:
+        return TaskUnitsScope(new)
+    return new if propagation == "requires_new" else PropagatingScope(new, propagation, bool(session_args))
 
 
-def _for_each_task(
-    new: UnitScope[S_co],
+def _check_for_each_task(
     multi_sessions: bool,  # noqa: FBT001  # validated in the body
     propagation: Propagation,
-) -> TaskUnitsScope[S_co]:
+) -> None:
     if not boolean("multi_sessions", multi_sessions):
         message = "max_concurrent is for tasks with a unit each: write `db.per_task(max_concurrent=...)`."
         raise ConfigurationError(message)
-    if propagation_of(propagation) != "requires_new":
+    if propagation != "requires_new":
         message = f"multi_sessions=True opens units of its own: leave propagation={propagation!r} out."
         raise ConfigurationError(message)
-    return TaskUnitsScope(new)
 
 
 def open_after(
@@ -101,24 +108,24 @@ def open_after(
     """Return the block for ``db.after(...)``."""
     database, limits = handle._database, None
     settings = transaction_settings(None, isolation_level, None, database.settings)
-    wait = replay(database.name, database.engine, position, timeout)
+    wait = replay(database.name, position, timeout)
     if pool_timeout is not None:
         limits = limits_of("pool_timeout", pool_timeout, None, database.shared)
+    if not (fallback is None or isinstance(fallback, Handle)) or fallback is handle:
+        raise ConfigurationError(_FALLBACK)
+    session_arguments(session_args)
+    require_postgresql("after()", database.engine)
 
     def scope(settings: TransactionSettings, engine: AsyncEngine | None) -> UnitScope[S_co]:
-        make = database.maker(session_args, settings, engine)
-        return UnitScope(
-            UnitConfig(database, settings, make, limits, database.commit_on_exit), handle._current
-        )
+        make = database.maker(session_args or None, settings, engine)
+        config = UnitConfig(database, settings, make, limits, database.commit_on_exit)
+        return UnitScope(config, handle._current)
 
     new, primary = scope(settings, None), None
-    if fallback is not None:
-        primary_engine: AsyncEngine | None = None
-        if isinstance(fallback, Handle):
-            primary_engine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
-        if primary_engine is None or primary_engine is database.engine:
-            message = "fallback must be the primary's proxy, which has an engine of its own."
-            raise ConfigurationError(message)
+    if isinstance(fallback, Handle):
+        primary_engine: AsyncEngine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
+        if primary_engine is database.engine:
+            raise ConfigurationError(_FALLBACK)
         require_postgresql("fallback", primary_engine)
         primary = scope(evolve(settings, read_only=True), primary_engine)
     return ReplicaScope(new, wait, primary)
@@ -167,19 +174,33 @@ def connect(
     session_args: SessionArgs | None,
     *,
     commit_on_exit: bool | None,
+    begin: Begin | None,
+    pool_warm_up: int | None,
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
+    begin, count = begin_of(begin), warm_up_of(pool_warm_up)
+    session_arguments(session_args)
     if isinstance(url, AsyncEngine):
         if mapping("engine_args", engine_args):
             message = "engine_args go with a URL: an engine has its own already."
             raise ConfigurationError(message)
         engine = url
     else:
-        engine = create_engine("url", url, engine_args)
+        engine = make_engine("url", url, engine_args)
+    require_room(engine, count)
     database = handle._database
-    database.check(engine, session_args)
+    database.check(engine, session_args, begin)
     commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
-    return Connected(result, database, engine, session_args, owned=engine is not url, commit_on_exit=commits)
+    return Connected(
+        result,
+        database,
+        engine,
+        session_args,
+        owned=engine is not url,
+        begin=begin,
+        warm_up=count,
+        commit_on_exit=commits,
+    )
 
 
 @define(eq=False, repr=False)
@@ -191,13 +212,20 @@ class Connected(Generic[P]):
     engine: AsyncEngine
     session_args: SessionArgs | None
     owned: bool
+    begin: Begin | None
+    warm_up: int
     commit_on_exit: bool
     """Whether blocks commit by default as long as the engine is used."""
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
-        self.database.bind(self.engine, self.session_args, by)
+        self.database.bind(self.engine, self.session_args, by, self.begin)
         self.database.commit_on_exit, self.commit_on_exit = self.commit_on_exit, self.database.commit_on_exit
+        try:
+            await warm_up(self.engine, self.warm_up)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
         return self.proxy
 
     async def __aexit__(

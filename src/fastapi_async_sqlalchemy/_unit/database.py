@@ -7,7 +7,7 @@ import importlib.util
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
 
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
+    from .._arguments.checks import Begin
     from .._dialects.begin import TransactionSettings
     from .._session.checkout import Limits
     from .._session.state import StatefulSession
@@ -63,6 +64,8 @@ class Database(Generic[S_co]):
     """Whether the end of a block commits by default."""
     waits: bool = False
     """Whether a task waits for its turn of a session by default."""
+    begin: Begin | None = None
+    """When transactions on the engine in use begin, if whoever bound it has said so."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None
@@ -116,16 +119,27 @@ class Database(Generic[S_co]):
     def __attrs_post_init__(self) -> None:
         self._watch.waits = self.waits
 
-    def bind(self, engine: AsyncEngine, session_args: object = None, by: Holder | None = None) -> None:
+    def bind(
+        self,
+        engine: AsyncEngine,
+        session_args: object = None,
+        by: Holder | None = None,
+        begin: Begin | None = None,
+    ) -> None:
         """Bind an engine, with the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
         arguments that do not fit a session.
         """
-        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher)
+        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher, begin)
 
     def take(
-        self, engine: AsyncEngine, session_args: object, by: Holder, watcher: PoolWatcher | None
+        self,
+        engine: AsyncEngine,
+        session_args: object,
+        by: Holder,
+        watcher: PoolWatcher | None,
+        begin: Begin | None,
     ) -> None:
         """Bind an engine, with the watcher of its pool."""
         arguments = session_arguments(session_args)
@@ -135,7 +149,8 @@ class Database(Generic[S_co]):
             first = self.holder
             facts = (str(first), first.remedy) if first is not None else ()
             raise EngineAlreadyBoundError(self.name, *facts)
-        self._make = self._maker(engine, arguments, self.settings)
+        self._make = self._maker(engine, arguments, _beginning(self.settings, begin))
+        self.begin = begin
         self._engine, self._live, self.holder, self._session_args = engine, True, by, arguments
         self._variants.clear()
         self._watch.name = self._label()
@@ -168,6 +183,7 @@ class Database(Generic[S_co]):
             self._watcher.end()
         self._watch.engine, self._watch.waits = None, self.waits
         self._engine, self._live, self.holder, self._make = None, False, None, None
+        self.begin = None
         self._variants.clear()
         self._watch.name = self._label()
 
@@ -186,16 +202,21 @@ class Database(Generic[S_co]):
         """
         if session_args is None and engine is None:
             if settings not in self._variants:
-                self._variants[settings] = self._maker(self.engine, self._session_args, settings)
+                effective = self.effective(settings)
+                self._variants[settings] = self._maker(self.engine, self._session_args, effective)
             return self._variants[settings]
         if engine is not None:
             self._watch.listen(engine.sync_engine)
         arguments = self._session_args | session_arguments(session_args)
-        return self._maker(engine or self.engine, arguments, settings)
+        return self._maker(engine or self.engine, arguments, self.effective(settings))
 
-    def check(self, engine: AsyncEngine, session_args: object) -> None:
+    def effective(self, settings: TransactionSettings) -> TransactionSettings:
+        """Return settings with the default of the engine in use for what they leave open."""
+        return _beginning(settings, self.begin)
+
+    def check(self, engine: AsyncEngine, session_args: object, begin: Begin | None) -> None:
         """Raise ``ConfigurationError`` for arguments that ``bind()`` would refuse."""
-        self._maker(engine, session_arguments(session_args), self.settings)
+        self._maker(engine, session_arguments(session_args), _beginning(self.settings, begin))
 
     def _maker(
         self, engine: AsyncEngine, arguments: dict[str, Any], settings: TransactionSettings
@@ -209,7 +230,7 @@ class Database(Generic[S_co]):
         _apply_twophase(settings, engine, keywords)
         require_fitting(class_, base, engine, keywords)
         route = None
-        if settings is not PLAIN:
+        if settings.reads_alone or not settings.as_always:
             route = SettingsRoute(settings, self._watch, engine.sync_engine)
             for bind in (engine, *binds):
                 route.require(bind)  # refuses settings that the database does not have
@@ -252,6 +273,11 @@ class UnitConfig(Generic[S_co]):
     limits: Limits | None = None
     commit_on_exit: bool = False
     """Whether the end of a unit commits; units of child tasks inherit it by default."""
+
+
+def _beginning(settings: TransactionSettings, begin: Begin | None) -> TransactionSettings:
+    """Return settings whose transactions begin by default when ``begin`` says."""
+    return settings if begin is None or settings.begin is not None else evolve(settings, begin=begin)
 
 
 def _apply_twophase(settings: TransactionSettings, engine: AsyncEngine, keywords: dict[str, Any]) -> None:

@@ -122,7 +122,8 @@ class PropagatingScope(OneUse, Generic[S_co]):
         return found
 
     def _agree(self, name: str, found: UnitOfWork[S_co]) -> None:
-        conflict = self.new.config.settings.conflict(found._config.settings)
+        settings = self.new.database.effective(found._config.settings)
+        conflict = self.new.config.settings.conflict(settings)
         if self.has_session_args:
             conflict = "session_args were given for a session that is another block's"
         if self.new.config.limits is not None:

@@ -9,8 +9,9 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .._arguments.checks import ISOLATION_LEVELS, boolean
+from .._arguments.checks import ISOLATION_LEVELS, begin_of, boolean
 from .._dialects.begin import TransactionSettings, engine_for
+from .._dialects.reads import require_read_committed
 from ..exceptions import ConfigurationError, ReadOnlyError
 
 if TYPE_CHECKING:
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
 
 
 def transaction_settings(
-    read_only: object, isolation_level: object, deferrable: object, default: TransactionSettings
+    read_only: object,
+    isolation_level: object,
+    deferrable: object,
+    default: TransactionSettings,
+    begin: object = None,
 ) -> TransactionSettings:
     """Validate settings; return the pair's own if none is given."""
-    if read_only is None and isolation_level is None and deferrable is None:
+    if read_only is None and isolation_level is None and deferrable is None and begin is None:
         return default
     if default.read_only and read_only is None:
         read_only = True
@@ -37,11 +42,15 @@ def transaction_settings(
         wanted = f"one of {', '.join(ISOLATION_LEVELS)}"
         msg = "isolation_level"
         raise ConfigurationError(msg, wanted, isolation_level)
+    if begin_of(begin) == "on_first_write" and isolation_level not in {None, "READ COMMITTED"}:
+        message = f"begin='on_first_write' is for READ COMMITTED: leave it or {isolation_level!r} out."
+        raise ConfigurationError(message)
     level: Any = isolation_level
     return TransactionSettings(
         read_only=None if read_only is None else boolean("read_only", read_only),
         isolation_level=level,
         deferrable=None if deferrable is None else boolean("deferrable", deferrable),
+        begin=begin_of(begin) or default.begin,
     )
 
 
@@ -58,7 +67,7 @@ def refuse_flush(name: str, session: Session) -> None:
 
 _CONNECTION: Final = (
     "{} holds a connection, whose transactions are its owner's: give an engine, or leave read_only, "
-    "isolation_level and deferrable out."
+    "isolation_level, deferrable and begin out."
 )
 
 
@@ -83,6 +92,9 @@ class SettingsRoute:
             raise ConfigurationError(message)
         if bind not in self._engines:
             self.watch.listen(bind)
+            if self.settings.reads_alone:
+                require_read_committed(bind, asked=self.settings.isolation_level is not None)
+                self.watch.read_alone(bind)
             self._engines[bind] = derived = engine_for(bind, self.settings, self.watch.xid)
             self.watch.loops.engines.add(derived)
         return self._engines[bind]
@@ -97,5 +109,7 @@ class SettingsRoute:
         """Make a session begin its transactions with the settings."""
         watched = cast("StatefulSession", session.sync_session)
         watched._fastapi_async_sqlalchemy.route = self
+        if self.settings.reads_alone:
+            watched._fastapi_async_sqlalchemy.reads_alone = True
         if self.settings.read_only:
             refuse_flush(self.watch.name, watched)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Final, Self, cast
+from weakref import ref
 
 from attrs import define, field
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSessionTransaction
 from sqlalchemy.orm import SessionTransaction
 
-from .._session.checkout import Checkout
+from .._session.checkout import Checkout, NestedRoute
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
 from ..exceptions import TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
@@ -213,6 +214,7 @@ class UnitOfWork(Place[S_co]):
             state.limit(Checkout(config.database.name, config.limits))
         if isinstance(self._outer, UnitOfWork):
             state.outer_holds = self._outer_holds
+            state.route = NestedRoute(ref(self._watched), self._enclosing, state.route)
         return opened
 
     def _register(self, hook: Hook, *, on_commit: bool) -> None:
@@ -242,8 +244,12 @@ class UnitOfWork(Place[S_co]):
 
     def _outer_holds(self) -> bool:
         """Whether an enclosing unit holds a connection."""
+        return any(session.in_transaction() for session in self._enclosing())
+
+    def _enclosing(self) -> list[StatefulSession]:
+        """Return the sessions of the enclosing units."""
         units = (unit for unit in around(self._outer) if isinstance(unit, UnitOfWork))
-        return any(unit._watched is not None and unit._watched.in_transaction() for unit in units)
+        return [unit._watched for unit in units if unit._watched is not None]
 
     def __repr__(self) -> str:
         if self.closed:

@@ -1,0 +1,113 @@
+"""The one real connection of a database in a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from attrs import Factory, define, field
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from .._dialects.begin import commits_by_itself
+from .._dialects.savepoints import Savepoints, savepoints_of
+from ..exceptions import SandboxError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.pool import Pool, PoolProxiedConnection
+
+_OTHER_LOOP: Final = (
+    "it was opened in another event loop: wrap the application in SandboxedApp(app, db), which opens the "
+    "sandbox in the loop of TestClient"
+)
+_TWO_URLS: Final = (
+    "two engines come to one database by different URLs, and so neither would see what the other commits: "
+    "give both the same URL"
+)
+_ENDED: Final = "its block has ended: use the database inside of it"
+
+
+@define(eq=False, repr=False)
+class RealConnection:
+    """A connection in a transaction that is rolled back at the end; opened when it is first needed."""
+
+    engine: Engine
+    loop: asyncio.AbstractEventLoop
+    _all: Iterable[RealConnection]
+    """The connections of the sandbox, one for each database."""
+    savepoints: Savepoints = field(init=False)
+    ended: bool = False
+    _opened: PoolProxiedConnection | None = None
+    _used: set[Pool] = Factory(set["Pool"])
+    """The engines' own pools that have connected; the first one's connection is this one."""
+    _opening: asyncio.Lock = Factory(asyncio.Lock)
+
+    def __attrs_post_init__(self) -> None:
+        self.savepoints = savepoints_of(self.engine, self.send)
+
+    @property
+    def adapter(self) -> Any:
+        """The driver's adapter."""
+        if self._opened is None:
+            raise SandboxError(_ENDED)
+        return self._opened.dbapi_connection
+
+    def require(self) -> None:
+        """Raise ``SandboxError`` after the end, and in another event loop."""
+        if self.ended:
+            raise SandboxError(_ENDED)
+        if asyncio.get_running_loop() is not self.loop:
+            raise SandboxError(_OTHER_LOOP)
+
+    def open(self, engine: Engine, own: Pool) -> None:
+        """Open the connection by an engine's own pool, unless it is open; called inside a greenlet."""
+        if own not in self._used:
+            await_only(self._open(engine, own))
+
+    async def _open(self, engine: Engine, own: Pool) -> None:
+        async with self._opening:
+            if not self._used:
+                await greenlet_spawn(self._begin, engine, own)
+            elif own not in self._used:  # SQLAlchemy looks at the database once for each engine
+                await greenlet_spawn(lambda: own.connect().close())
+            self._used.add(own)
+
+    def _begin(self, engine: Engine, own: Pool) -> None:
+        if any(other._opened is not None and self._goes_to_the_place_of(other) for other in self._all):
+            raise SandboxError(_TWO_URLS)
+        self._opened = opened = own.connect()
+        dialect = engine.dialect
+        try:
+            if commits_by_itself(engine) and dialect.default_isolation_level is not None:
+                dialect.set_isolation_level(self.adapter, dialect.default_isolation_level)
+            self.savepoints.begin()
+        except BaseException:
+            self._opened = None
+            opened.invalidate()
+            raise
+
+    def _goes_to_the_place_of(self, other: RealConnection) -> bool:
+        here, there = (
+            (one.engine.dialect.name, url.host, url.port, url.database, url.query.get("host"))
+            for one in (self, other)
+            for url in (one.engine.url,)
+        )
+        return here == there and self.engine.url != other.engine.url
+
+    def send(self, statement: str, *parameters: Any, rows: bool = False) -> Any:
+        """Send a statement, and return its rows."""
+        cursor = self.adapter.cursor()
+        try:
+            cursor.execute(statement, *parameters)
+            return cursor.fetchall() if rows else None
+        finally:
+            cursor.close()
+
+    async def close(self, *, discard: bool) -> None:
+        """Roll everything back; discard a connection that does not answer any more."""
+        self.ended = True
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await greenlet_spawn(opened.invalidate if discard else opened.close)

@@ -1,0 +1,116 @@
+"""What a test learns from its sandbox, and what it makes fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import Factory, define
+
+from .._unit.place import Handle
+from ..exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from .._dialects.savepoints import CommitFailure
+    from .._proxy import SessionProxy
+    from .._session.watch import Watch
+
+_FAILURES: Final = ("constraint", "conflict", "lost", "lost_after_commit")
+
+
+@define(eq=False, repr=False)
+class _Failure:
+    """A failure that waits for its moment."""
+
+    commit: CommitFailure | None
+    """How a COMMIT fails; None for a statement whose connection is lost."""
+    watch: Watch | None
+    """The database; None for whichever comes first."""
+
+
+@define(eq=False, repr=False)
+class Sandbox:
+    """What happened on the databases of a sandbox, and what fails next.
+
+    ``statements`` holds what the application has sent, in order, without savepoints and settings.
+    ``commits`` and ``rollbacks`` count transactions that wrote something, or tried to.
+    """
+
+    statements: list[str] = Factory(list[str])
+    _commits: int = 0
+    _rollbacks: int = 0
+    _failures: list[_Failure] = Factory(list[_Failure])
+
+    @property
+    def commits(self) -> int:
+        """How many transactions that wrote something were committed."""
+        return self._commits
+
+    @property
+    def rollbacks(self) -> int:
+        """How many transactions that wrote something, or tried to, were rolled back."""
+        return self._rollbacks
+
+    def assert_statements(self, *, at_most: int) -> None:
+        """Raise ``AssertionError`` if the application has sent more; ``statements.clear()`` starts anew."""
+        if len(self.statements) > at_most:
+            listed = "\n".join(f"{number}. {one}" for number, one in enumerate(self.statements, 1))
+            sent = f"{len(self.statements)} statements were sent"
+            message = f"{sent}, and at most {at_most} expected:\n{listed}"
+            raise AssertionError(message)
+
+    def fail_commit(
+        self, failure: CommitFailure = "constraint", *, on: SessionProxy[AsyncSession] | None = None
+    ) -> None:
+        """Make the next COMMIT of a transaction that has written fail, with the driver's own error.
+
+        The database refuses it because of a ``constraint`` or a ``conflict``; or the connection is ``lost``
+        on the way, or ``lost_after_commit``. ``on`` is one database's proxy, if the sandbox has several.
+        """
+        if failure not in _FAILURES:
+            msg = "failure"
+            raise ConfigurationError(msg, f"one of {', '.join(_FAILURES)}", failure)
+        self._failures.append(_Failure(failure, _watch(on)))
+
+    def lose_connection(self, *, on: SessionProxy[AsyncSession] | None = None) -> None:
+        """Make the next statement find its connection lost; its transaction is rolled back."""
+        self._failures.append(_Failure(None, _watch(on)))
+
+    def _ended(self, *, committed: bool) -> None:
+        """Record the end of a transaction that has written."""
+        if committed:
+            self._commits += 1
+        else:
+            self._rollbacks += 1
+
+    def _commit_failure(self, watches: Container[Watch]) -> CommitFailure | None:
+        """Return how the COMMIT that is under way fails, if it does."""
+        return self._next(watches, commit=True)
+
+    def _loses_connection(self, watches: Container[Watch]) -> bool:
+        """Whether the statement that is about to be sent finds its connection lost."""
+        before = len(self._failures)
+        self._next(watches, commit=False)
+        return len(self._failures) < before
+
+    def _next(self, watches: Container[Watch], *, commit: bool) -> CommitFailure | None:
+        for failure in self._failures:
+            here = failure.watch is None or failure.watch in watches
+            if here and (failure.commit is not None) == commit:
+                self._failures.remove(failure)
+                return failure.commit
+        return None
+
+
+def _watch(proxy: object) -> Watch | None:
+    if proxy is None:
+        return None
+    if not isinstance(proxy, Handle):
+        msg = "on"
+        wanted = "a proxy such as `db`"
+        raise ConfigurationError(msg, wanted, proxy)
+    watch: Watch = proxy._database.shared  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
+    return watch
