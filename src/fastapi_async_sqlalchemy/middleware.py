@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import begin_of, boolean, mapping, paths, waits
+from ._arguments.checks import begin_of, boolean, mapping, optional_waits, paths, waits
 from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
@@ -121,14 +121,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
         self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
-        self._excluded = paths("exclude_paths", exclude_paths)
+        self._excluded, self._waits = paths("exclude_paths", exclude_paths), optional_waits(concurrent_use)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
         self._session_args = session_arguments(session_args)
         self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
-        self._waits = None if concurrent_use is None else waits(concurrent_use)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()

@@ -55,6 +55,11 @@ def waits(value: object) -> bool:
     return value == "wait"
 
 
+def optional_waits(value: object) -> bool | None:
+    """Validate ``concurrent_use`` of a middleware; None is as the pair."""
+    return None if value is None else waits(value)
+
+
 def begin_of(value: object) -> Begin | None:
     """Validate when transactions begin; None is as around."""
     if value is not None and value not in BEGINS:
