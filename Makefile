@@ -11,7 +11,7 @@ ARGS ?=
 WORKERS ?= 4
 # Groups of programs that must hold.
 CONTRACT ?= ../shared/typing/check.py
-CONTRACT_GROUPS ?= core units tasks
+CONTRACT_GROUPS ?= core units tasks models
 
 bin := $(VENV)/bin
 # One cache for each environment: what mypy knows of SQLAlchemy 2.0 is not true of 2.1.

@@ -197,8 +197,8 @@ async def of_ours(url: str) -> AsyncGenerator[tuple[str, ...]]:
             trips.taken()
             await db.commit_position()
             yield "asyncpg", "`commit_position()`", "", "", f"{trips.taken()}", ""
-            side = Side(trips, db, partial(db, wait_for=position))
-            yield "asyncpg", "one SELECT with `wait_for`", "", "", f"{await side.count(select)}", ""
+            side = Side(trips, db, partial(db.after, position))
+            yield "asyncpg", "one SELECT of a unit that waits", "", "", f"{await side.count(select)}", ""
         for warm_up in (None, 1):
             async with db.connect(trips.url, engine_args=ONE, pool_warm_up=warm_up):
                 trips.taken()

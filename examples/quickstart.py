@@ -68,9 +68,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Make the tables, and three accounts the first time; outside a request a unit is opened by hand."""
     if db.engine.dialect.name == "sqlite":
         event.listen(db.engine.sync_engine, "connect", check_foreign_keys)
-    async with db(commit_on_exit=True) as unit:
-        connection = await unit.session.connection()
-        await connection.run_sync(Base.metadata.create_all)
+    await db.create_all(Base.metadata)
+    async with db.begin() as unit:
         if await unit.session.get(Account, "alice") is None:
             unit.session.add_all(Account(name=name, balance=100) for name in ("alice", "bob", "carol"))
     yield

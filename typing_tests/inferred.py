@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self, assert_type, overload
 from fastapi import Depends, FastAPI
 from opentelemetry.metrics import get_meter_provider
 from opentelemetry.trace import get_tracer_provider
-from sqlalchemy import URL, Connection, NullPool, func, select, text
+from sqlalchemy import URL, Connection, NullPool, func, inspect, select, text
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, raiseload
 from sqlmodel import Field, SQLModel
 from sqlmodel import select as sqlmodel_select
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
@@ -36,6 +36,7 @@ from fastapi_async_sqlalchemy import (
     IsolationLevel,
     LongHoldWarning,
     MissingSessionError,
+    ModelSession,
     ObservedPool,
     ObservedTransaction,
     ObservedUnit,
@@ -59,11 +60,13 @@ from fastapi_async_sqlalchemy import (
     UnitStats,
     UnitTaskGroup,
     WalPosition,
+    WrongDatabaseError,
     add_pool_timeout_handler,
     atomic,
     create_middleware_and_session_proxy,
     db,
     pgbouncer_engine_args,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
@@ -109,6 +112,31 @@ class ReplicaSession(AsyncSession):
     """The session class of the orders' replica."""
 
 
+class StockBase(DeclarativeBase):
+    """The models of a database of its own."""
+
+
+class Item(StockBase):
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Bolt(Item):
+    """A model that inherits from another one."""
+
+
+class StockSession(ModelSession[StockBase]):
+    """The session class of that database, which takes its models alone."""
+
+
+class EveryModelSession(ModelSession[Base | StockBase]):
+    """A session class that takes the models of two bases."""
+
+
+class HeroModelSession(ModelSession[SQLModel], SQLModelSession):
+    """A session class of SQLModel's, which takes its models alone."""
+
+
 # One pair for each database; its session class is its type.
 
 OrderMiddleware, orders = create_middleware_and_session_proxy(OrderSession)
@@ -116,6 +144,7 @@ AuditMiddleware, audit = create_middleware_and_session_proxy(session_class=Audit
 HeroMiddleware, heroes = create_middleware_and_session_proxy(HeroSession)
 SQLModelMiddleware, sqlmodel_db = create_middleware_and_session_proxy(SQLModelSession)
 PlainMiddleware, plain = create_middleware_and_session_proxy()
+StockMiddleware, stock = create_middleware_and_session_proxy(StockSession)
 ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession, read_only=True)
 assert_type(OrderMiddleware, type[SQLAlchemyMiddleware[OrderSession]])
 assert_type(HeroMiddleware, type[SQLAlchemyMiddleware[HeroSession]])
@@ -129,7 +158,7 @@ assert_type(ReplicaMiddleware, type[SQLAlchemyMiddleware[ReplicaSession]])
 assert_type(replica, SessionProxy[ReplicaSession])
 assert_type(db, SessionProxy[AsyncSession])
 assert_type(
-    create_middleware_and_session_proxy(None, read_only=False),
+    create_middleware_and_session_proxy(None, read_only=False, commit_on_exit=True, concurrent_use="wait"),
     tuple[type[SQLAlchemyMiddleware[AsyncSession]], SessionProxy[AsyncSession]],
 )
 
@@ -161,6 +190,7 @@ session_args = SessionArgs(
 )
 assert_type(engine_args, EngineArgs)
 assert_type(pgbouncer_engine_args(), EngineArgs)
+assert_type(violated_constraint(ValueError()), str | None)
 behind_pgbouncer: EngineArgs = {**pgbouncer_engine_args(timeout=5), "pool_size": 5}
 assert_type(engine_args.get("pool_timeout", 30.0), float)
 assert_type(engine_args.get("echo"), bool | Literal["debug"] | None)
@@ -237,6 +267,7 @@ app.add_middleware(
     request_queue_timeout=2,
     pool_warn_threshold=0.8,
     pool_warn_interval=30.0,
+    concurrent_use="wait",
     begin="on_first_write",
     pool_warm_up=3,
 )
@@ -314,8 +345,58 @@ async def proxies() -> None:
     async with orders(session_args={"expire_on_commit": True}, commit_on_exit=True) as unit:
         assert_type(unit, UnitOfWork[OrderSession])
         assert_type(await charge(unit, "Ada"), Order)
+    async with orders.begin(session_args={"autoflush": False}, read_only=True, pool_timeout=1) as unit:
+        assert_type(unit, UnitOfWork[OrderSession])
+    assert_type(orders.begin(), AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    by_task = orders.per_task(max_concurrent=3, commit_on_exit=True)
+    assert_type(by_task, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    assert_type(orders.per_task(), AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+    assert_type(await orders.create_all(Base.metadata), None)
+    assert_type(await orders.drop_all(SQLModel.metadata), None)
+    assert_type(await orders.unit_dependency(), UnitOfWork[OrderSession])
+    assert_type(await orders.dependency(), OrderSession)
     report = orders(propagation="required", read_only=True, isolation_level="SERIALIZABLE", deferrable=True)
     assert_type(report, AbstractAsyncContextManager[UnitOfWork[OrderSession], None])
+
+
+# A session that takes the models of its own database alone.
+
+
+def keep(session: ModelSession[Item], item: Item) -> None:
+    assert_type(session, ModelSession[Item])
+    session.add(item)
+
+
+async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
+    session = stock.session
+    keep(session, Bolt())
+    keep(every, Item())
+    assert_type(session.add(Item()), None)
+    assert_type(session.add_all([Item(), Bolt()]), None)
+    session.add_all(bolt for bolt in [Bolt()])
+    assert_type(await session.delete(Bolt()), None)
+    assert_type(await session.refresh(Item(), ["id"], with_for_update=True), None)
+    assert_type(session.expire(Item(), ["id"]), None)
+    assert_type(session.expunge(Item()), None)
+    assert_type(await session.get(Item, 1), Item | None)
+    assert_type(await session.get(Bolt, {"id": 1}, populate_existing=True), Bolt | None)
+    assert_type(await session.get(inspect(Item), 1, execution_options={"yield_per": 1}), Item | None)
+    assert_type(
+        await session.get_one(Bolt, 1, options=[raiseload("*")], with_for_update={"nowait": True}), Bolt
+    )
+    assert_type(await session.merge(Bolt()), Bolt)
+    assert_type(Item() in session, bool)
+    assert_type(await every.get(Order, 1), Order | None)
+    assert_type(await every.get(Bolt, 1), Bolt | None)
+    every.add_all([Order(customer="Ada"), Item()])
+    assert_type(await hero.get(Hero, 1), Hero | None)
+    assert_type((await hero.exec(sqlmodel_select(Hero))).first(), Hero | None)
+    await first_order(stock)
+    wrong = WrongDatabaseError(database="stock", fact="Order is", bases=["StockBase"], owner=None)
+    assert_type(wrong, WrongDatabaseError)
+    assert_type(wrong.owner, str | None)
+    type_error: TypeError = wrong
+    raise type_error
 
 
 # A replica: its units stay its own, wherever they are opened.
@@ -326,14 +407,14 @@ async def replicas(header: str) -> None:
     assert_type(position, WalPosition)
     assert_type(await orders.commit_position(), WalPosition)
     text_for_a_cookie: str = position
-    waiting = replica(wait_for=position, timeout=1, fallback=orders)
+    waiting = replica.after(position, timeout=1, fallback=orders)
     assert_type(waiting, AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
-    async with replica(
-        wait_for=WalPosition(header or text_for_a_cookie), timeout=None, fallback=None
-    ) as unit:
+    async with replica.after(WalPosition(header or text_for_a_cookie), fallback=None) as unit:
         assert_type(unit, UnitOfWork[ReplicaSession])
         assert_type(unit.session, ReplicaSession)
-    assert_type(replica(wait_for=None), AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    stable = replica.after(position, isolation_level="REPEATABLE READ", pool_timeout=1, session_args=None)
+    assert_type(stable, AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
+    assert_type(replica.after(position), AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None])
     late = ReplicaLagError(database="replica", position=position, replayed=None, timeout=0.5)
     assert_type(late.position, str)
     assert_type(late.replayed, str | None)

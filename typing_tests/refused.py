@@ -4,7 +4,10 @@ from collections.abc import AsyncIterator
 
 from inferred import (
     AuditSession,
+    EveryModelSession,
     Hero,
+    HeroModelSession,
+    Item,
     Order,
     OrderMiddleware,
     OrderService,
@@ -21,6 +24,7 @@ from inferred import (
     orders,
     place,
     replica,
+    stock,
 )
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import Engine
@@ -64,11 +68,13 @@ from fastapi_async_sqlalchemy import (
     UnitStats,
     UnitTaskGroup,
     WalPosition,
+    WrongDatabaseError,
     add_pool_timeout_handler,
     atomic,
     create_middleware_and_session_proxy,
     db,
     pgbouncer_engine_args,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
@@ -141,6 +147,9 @@ create_middleware_and_session_proxy(session_class=Session)  # type: ignore[type-
 create_middleware_and_session_proxy(session_class=AuditSession())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(AuditSession, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 create_middleware_and_session_proxy(AuditSession, read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+app.add_middleware(SQLAlchemyMiddleware, concurrent_use="queue")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(concurrent_use=True)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+create_middleware_and_session_proxy(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(read_only=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 create_middleware_and_session_proxy(begin="on_first_read")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 other: SessionProxy[AuditSession] = orders  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
@@ -214,22 +223,100 @@ async def proxies() -> None:
         unit.commit()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
+# Blocks by their own names.
+
+
+async def blocks() -> None:
+    db.begin(session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(propagation="reqired")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(begin="later")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(begin="later")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(max_concurrent="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(read_only="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(deferrable="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.per_task(pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.create_all(metadata=Order)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.drop_all(metadata=Order)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.unit_dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.connect("x", commit_on_exit="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.begin(commit_on_exit=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    db.per_task(propagation="required")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with db.begin():  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+
+
+# A model of another database.
+
+
+def order_session(session: OrderSession) -> None: ...
+
+
+async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
+    session = stock.session
+    session.add(instance=Order())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add(Item)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add("item")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add(Item(), _warn="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    session.add_all(instances=[Item(), Order()])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    session.add_all(Item())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.delete(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(Item(), attribute_names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.refresh(Item(), with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expire(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expire(Item(), attribute_names=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    session.expunge(instance=Order())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(entity=Order, ident=1, identity_token=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item(), 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, populate_existing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get(Item, 1, execution_options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(entity=Order, ident=1, identity_token=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, populate_existing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, with_for_update="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await session.get_one(Item, 1, execution_options=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    every.add(Hero(id=1, name="Ada"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await every.get(Hero, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    hero.add(Item())  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    await hero.get(Item, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    order_session(session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+WrongDatabaseError(database=5, fact="x", bases=["x"], owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact=5, bases=["x"], owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact="x", bases=5, owner=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+WrongDatabaseError(database="x", fact="x", bases=["x"], owner=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
 # A replica: a position is no text of any kind, and a fallback is a proxy.
 
 
 async def replicas(position: WalPosition) -> None:
-    db(wait_for="0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=orders.commit_position())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, fallback=orders.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    db(wait_for=position, fallback="primary")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after("0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(orders.commit_position())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position="0/1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, session_args=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, isolation_level="AUTOCOMMIT")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, pool_timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, fallback=orders.engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    db.after(position, fallback="primary")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     replica(wait_fr=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    orders.connection(wait_for=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    orders.transactional(wait_for=position)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    db(wait_for=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    orders.connection(position=position)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     orders.commit_position()  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await orders.commit_position(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    async with replica(wait_for=position, fallback=orders) as unit:
+    async with replica.after(position, fallback=orders) as unit:
         await charge(unit, "Ada")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
@@ -238,6 +325,7 @@ ReplicaLagError(database=5, position="0/1", replayed=None, timeout=1)  # type: i
 ReplicaLagError(database="replica", position=5, replayed=None, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=5, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=None, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+violated_constraint(error="duplicate key")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 pgbouncer_engine_args({"timeout": 5})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 

@@ -95,16 +95,14 @@ def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[Repl
     """Return a unit that only reads: on the replica, or on the primary where the replica is late."""
     if position is None:
         return replica()
-    return replica(wait_for=WalPosition(position), timeout=0.5, fallback=primary)
+    return replica.after(WalPosition(position), timeout=0.5, fallback=primary)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     """Make the table, on the primary, and let the replica catch up: it is read without waiting, too."""
-    async with primary(commit_on_exit=True) as unit:
-        connection = await unit.session.connection()
-        await connection.run_sync(Base.metadata.create_all)
-    async with replica(wait_for=await primary.commit_position(), timeout=5, fallback=primary):
+    await primary.create_all(Base.metadata)
+    async with replica.after(await primary.commit_position(), timeout=5, fallback=primary):
         pass
     yield
 

@@ -5,9 +5,11 @@ from ._arguments.engines import pgbouncer_engine_args
 from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
 from ._cluster.replica import WalPosition
+from ._dialects.constraints import violated_constraint
 from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
+from ._session.models import ModelSession
 from ._tasks.fan_out import UnitTaskGroup
 from ._telemetry.holding import LongHoldWarning
 from ._telemetry.observer import (
@@ -37,6 +39,7 @@ from .exceptions import (
     TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
+    WrongDatabaseError,
 )
 from .middleware import (
     SQLAlchemyMiddleware,
@@ -62,6 +65,7 @@ __all__ = [
     "IsolationLevel",
     "LongHoldWarning",
     "MissingSessionError",
+    "ModelSession",
     "ObservedPool",
     "ObservedTransaction",
     "ObservedUnit",
@@ -86,9 +90,11 @@ __all__ = [
     "UnitStats",
     "UnitTaskGroup",
     "WalPosition",
+    "WrongDatabaseError",
     "add_pool_timeout_handler",
     "atomic",
     "create_middleware_and_session_proxy",
     "db",
     "pgbouncer_engine_args",
+    "violated_constraint",
 ]

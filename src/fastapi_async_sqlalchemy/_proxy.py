@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, overload
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, cast
 
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
 
 from ._arguments.engines import async_engine
 from ._session.checkout import pool_status
-from ._tasks.fan_out import UnitTaskGroup, gather_in_units, open_connection, open_task_group
+from ._tasks.blocks import Blocks
 from ._tasks.health import ping
-from ._tasks.opening import commit_position, connect, open_scope, session_of_request
-from ._tasks.transactional import F, decorator
+from ._tasks.opening import commit_position, connect, open_after, unit_of_request
+from ._tasks.tables import create_all, drop_all
 from ._telemetry.observer import observers_of
 from ._unit.database import Database, S_co, default_session_class
 from ._unit.holders import holders
 from ._unit.observing import observe, on_open, request_here
-from ._unit.place import Handle, NoSignature, current_variable
-from ._unit.scope import UnitScope
+from ._unit.place import NoSignature, current_variable
 from ._unit.unit import UnitOfWork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractAsyncContextManager
     from contextvars import ContextVar
 
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.sql.schema import MetaData
 
-    from ._arguments.checks import Begin, IsolationLevel, Propagation
+    from ._arguments.checks import Begin, IsolationLevel
     from ._arguments.keywords import EngineArgs, SessionArgs
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
@@ -38,11 +38,7 @@ if TYPE_CHECKING:
     from ._unit.place import Place
 
 
-_NOTHING: Final = (None,) * 7
-_NO_WAIT: Final = (None,) * 3
-
-
-class SessionProxy(Handle[S_co]):
+class SessionProxy(Blocks[S_co]):
     """One database's ``db``: the current session and unit of work, and new units.
 
     ``create_middleware_and_session_proxy()`` creates it together with its middleware, for the life of the
@@ -74,73 +70,35 @@ class SessionProxy(Handle[S_co]):
         """The engine; raises ``SessionNotInitialisedError`` before one is bound."""
         return self._database.engine
 
-    def __call__(
+    def after(
         self,
-        session_args: SessionArgs | None = None,
-        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the names and the order of release 0.8
+        position: WalPosition,
         *,
-        propagation: Propagation = "requires_new",
-        read_only: bool | None = None,
-        isolation_level: IsolationLevel | None = None,
-        deferrable: bool | None = None,
-        begin: Begin | None = None,
-        multi_sessions: bool = False,
-        max_concurrent: int | None = None,
-        pool_timeout: float | None = None,
-        wait_for: WalPosition | None = None,
-        timeout: float | None = None,
+        timeout: float = 1.0,
         fallback: SessionProxy[AsyncSession] | None = None,
+        session_args: SessionArgs | None = None,
+        isolation_level: IsolationLevel | None = None,
+        pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
-        """Return a unit of work with a separate session, for ``async with db() as unit:``.
+        """Return a unit on a replica of PostgreSQL that sees all that was committed before a position.
 
-        Leaving the block commits under ``commit_on_exit=True``. Otherwise uncommitted work is rolled back,
-        with a WARNING if something was written. An error that leaves the block always rolls back.
-        ``session_args`` are added to the database's own.
-
-        ``propagation`` says how the block relates to an open unit. ``requires_new`` is independent of it,
-        ``required`` joins it, ``nested`` is a SAVEPOINT of it, and ``never`` raises. Outside a unit,
-        ``mandatory`` raises and all others open one. A joined unit is committed by its owner, but not after
-        an error has left the block.
-
-        ``read_only``, ``isolation_level`` and PostgreSQL's ``deferrable`` hold for all its transactions.
-        Under PostgreSQL's ``begin="on_first_write"`` plain reads before the first other statement are sent
-        without a transaction.
-        ``pool_timeout`` is how many seconds it waits for a connection, at most the pool's own timeout. Under
-        ``multi_sessions=True`` each task that asks for ``db.session`` inside the block gets a separate unit,
-        which is settled when the task ends. The end of the block waits for these tasks. At most
-        ``max_concurrent`` of their units hold a connection at a time.
-
-        ``wait_for`` is for a replica of PostgreSQL. The block is entered, with its connection checked out,
-        once the replica has replayed that position of its primary. After ``timeout`` seconds, 1 by default,
-        entry raises ``ReplicaLagError``. If ``fallback`` is the primary's proxy, the block gets a
-        read-only unit on the primary's engine instead, with a WARNING, also if the replica is unreachable.
-
-        Raises ``SessionNotInitialisedError`` before an engine is bound, ``ConfigurationError`` for a wrong
-        argument, and on entry ``PropagationError``.
+        The block is entered, with its connection checked out, once the replica has replayed the position of
+        its primary. After ``timeout`` seconds entry raises ``ReplicaLagError``. If ``fallback`` is the
+        primary's proxy, the block gets a read-only unit on the primary's engine instead, with a WARNING,
+        also if the replica is unreachable. The other arguments are those of ``db(...)``.
         """
-        given = session_args, read_only, isolation_level, deferrable, begin, max_concurrent, pool_timeout
-        waiting = wait_for, timeout, fallback
-        plain = given == _NOTHING and waiting == _NO_WAIT and propagation == "requires_new"
-        # the usual call is written out, because passing all of it on costs more than the unit
-        if plain and multi_sessions is False and (commit_on_exit is True or commit_on_exit is False):
-            return UnitScope(self._database.configs[commit_on_exit], self._current)
-        return open_scope(
+        return open_after(
             self,
-            session_args,
-            commit_on_exit,
-            propagation=propagation,
-            read_only=read_only,
+            position,
+            timeout,
+            fallback,
+            session_args=session_args,
             isolation_level=isolation_level,
-            deferrable=deferrable,
-            begin=begin,
-            multi_sessions=multi_sessions,
-            max_concurrent=max_concurrent,
             pool_timeout=pool_timeout,
-            waiting=waiting,
         )
 
     async def commit_position(self) -> WalPosition:
-        """Return the current position of PostgreSQL's primary in its log, for ``replica(wait_for=...)``.
+        """Return the current position of PostgreSQL's primary in its log, for ``replica.after(...)``.
 
         Everything committed before the call lies before that position. The query uses the connection of the
         current unit's transaction, or one from the pool. Raises ``TransactionBegunError`` in a unit with
@@ -148,109 +106,39 @@ class SessionProxy(Handle[S_co]):
         """
         return await commit_position(self)
 
-    def connection(
-        self, *, timeout: float | None = None, commit_on_exit: bool | None = None
-    ) -> AbstractAsyncContextManager[S_co, None]:
-        """Return a new unit's session for ``async with``, with its connection checked out on entry.
-
-        ``timeout`` is how many seconds to wait for the connection, at most the pool's own timeout; then
-        ``PoolTimeoutError`` is raised. ``commit_on_exit`` defaults to that of the current unit.
-        """
-        return open_connection(self, timeout, commit_on_exit)
-
-    def gather(
+    async def dependency(
         self,
-        *coroutines: Coroutine[Any, Any, Any],
-        return_exceptions: bool = False,
-        max_concurrent: int | None = None,
-        commit_on_exit: bool | None = None,
-        session_args: SessionArgs | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        """Run each coroutine in a separate task and unit of work, and return the results in order.
-
-        At most ``max_concurrent`` run at a time. Each unit commits or rolls back by its own outcome.
-        ``commit_on_exit`` and ``session_args`` default to those of the current unit. The first error cancels
-        the other tasks, waits until their units are settled, and is raised. With ``return_exceptions=True``
-        errors are returned as results. The result is a list, as with ``asyncio.gather()``, which type
-        checkers see as a tuple.
-        """
-        return gather_in_units(
-            self,
-            coroutines,
-            return_exceptions=return_exceptions,
-            max_concurrent=max_concurrent,
-            commit_on_exit=commit_on_exit,
-            session_args=session_args,
-        )
-
-    def task_group(
-        self,
-        *,
-        max_concurrent: int | None = None,
-        commit_on_exit: bool | None = None,
-        session_args: SessionArgs | None = None,
-    ) -> UnitTaskGroup[S_co]:
-        """Return a group of tasks, built on ``asyncio.TaskGroup``, each in a separate unit; see ``gather()``.
-
-        ``async with db.task_group() as tasks: tasks.create_task(work())``. Errors leave the block in an
-        ``ExceptionGroup``, once all tasks have ended and their units are settled.
-        """
-        return open_task_group(self, max_concurrent, commit_on_exit, session_args)
-
-    @overload
-    def transactional(self, function: F, /) -> F: ...
-
-    @overload
-    def transactional(
-        self,
-        function: None = None,
-        /,
-        *,
-        propagation: Propagation = "required",
-        read_only: bool | None = None,
-        isolation_level: IsolationLevel | None = None,
-        deferrable: bool | None = None,
-        retries: int = 0,
-    ) -> Callable[[F], F]: ...
-
-    def transactional(
-        self,
-        function: F | None = None,
-        /,
-        *,
-        propagation: Propagation = "required",
-        read_only: bool | None = None,
-        isolation_level: IsolationLevel | None = None,
-        deferrable: bool | None = None,
-        retries: int = 0,
-    ) -> F | Callable[[F], F]:
-        """Decorate a coroutine function to run in a unit of work that commits when it returns.
-
-        The other arguments are those of ``db(...)``. After a serialization failure or a deadlock the function
-        is called again in a new unit, up to ``retries`` times, with growing pauses. It is not called again
-        when the outcome of COMMIT is unknown. Retries need the extra ``[retries]`` and a unit that the
-        function does not share: where it would join one, the call raises ``PropagationError``.
-
-        Raises ``ConfigurationError`` for a wrong argument, and if ``function`` is not a coroutine function.
-        """
-        decorate = decorator(
-            self,
-            propagation=propagation,
-            read_only=read_only,
-            isolation_level=isolation_level,
-            deferrable=deferrable,
-            retries=retries,
-        )
-        return decorate if function is None else decorate(function)
-
-    async def dependency(self, connection: HTTPConnection) -> S_co:
+        connection: HTTPConnection = cast("HTTPConnection", None),  # noqa: B008  # FastAPI knows no other type
+    ) -> S_co:
         """Return the session of the request's unit, for ``Annotated[Session, Depends(db.dependency)]``.
 
         Where no middleware has bound a unit, FastAPI opens one around the endpoint. It is committed when the
-        endpoint returns, before the response is sent, and rolled back when the endpoint raises. Raises
+        endpoint returns, before the response is sent, and rolled back when the endpoint raises. Where another
+        container than FastAPI's calls it, in a worker, it returns the session of the current unit. Raises
         ``MissingSessionError`` in a WebSocket, and with a FastAPI that has no function-scoped dependencies.
         """
-        return await session_of_request(self, connection)
+        return (await unit_of_request(self, connection)).session
+
+    async def unit_dependency(
+        self,
+        connection: HTTPConnection = cast("HTTPConnection", None),  # noqa: B008  # as above
+    ) -> UnitOfWork[S_co]:
+        """Return the request's unit, for ``Annotated[UnitOfWork[S], Depends(db.unit_dependency)]``.
+
+        Otherwise as ``dependency()``, with which it shares the unit.
+        """
+        return await unit_of_request(self, connection)
+
+    async def create_all(self, metadata: MetaData) -> None:
+        """Create the tables of ``Base.metadata`` that are not there yet, in a unit that commits.
+
+        Migrations are better for anything that lives longer than a demo or a test.
+        """
+        await create_all(self, metadata)
+
+    async def drop_all(self, metadata: MetaData) -> None:
+        """Drop the tables of ``Base.metadata`` that are there, in a unit that commits."""
+        await drop_all(self, metadata)
 
     def pool_status(self) -> PoolStatus:
         """Return the current state of the engine's pool.
@@ -273,6 +161,7 @@ class SessionProxy(Handle[S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        commit_on_exit: bool | None = None,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
@@ -280,6 +169,7 @@ class SessionProxy(Handle[S_co]):
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
+        ``commit_on_exit`` is the default of the blocks inside; without it, that of the pair holds.
         ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry. ``observers``
         are told what units do in the block. Raises ``ConfigurationError`` immediately,
         ``EngineAlreadyBoundError`` on entry.
@@ -290,6 +180,7 @@ class SessionProxy(Handle[S_co]):
             url,
             engine_args,
             session_args,
+            commit_on_exit=commit_on_exit,
             begin=begin,
             pool_warm_up=pool_warm_up,
             observers=observers_of(observers),
@@ -337,10 +228,13 @@ DBSessionMeta: TypeAlias = SessionProxy
 def new_database(
     session_class: type[S_co] | None,
     settings: TransactionSettings,
+    *,
+    commit_on_exit: bool = False,
+    waits: bool = False,
     observers: tuple[Observer, ...] = (),
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
     """Create a database, the variable of its current unit, and its proxy."""
-    database: Database[S_co] = Database(session_class, settings)
+    database: Database[S_co] = Database(session_class, settings, commit_on_exit, waits)
     current = current_variable(database)
     database.shared.request = partial(request_here, current)
     database.shared.holders = partial(holders, database, current)

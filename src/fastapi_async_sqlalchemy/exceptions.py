@@ -30,6 +30,7 @@ __all__ = [
     "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
+    "WrongDatabaseError",
 ]
 
 
@@ -156,6 +157,21 @@ class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, IllegalStateChangeError, R
         super().__init__(
             f"{attempt} on a session of {database} on which {busy}: {remedy or _ONE_TASK_AT_A_TIME}."
         )
+
+
+class WrongDatabaseError(FastAPIAsyncSQLAlchemyError, TypeError):
+    """A model or a table of another database was given to a session of ``ModelSession``.
+
+    Nothing was sent. ``owner`` is the database that it belongs to, if a pair is known for it.
+    """
+
+    def __init__(self, database: str, fact: str, bases: Sequence[str], owner: str | None) -> None:
+        remedy = "use the session of its own database" if owner is None else f"use a session of {owner}"
+        super().__init__(
+            f"{fact}, and {database} takes models of {' and '.join(bases)} alone: {remedy}, "
+            "or let the session class take a union of bases."
+        )
+        self.owner: str | None = owner
 
 
 class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):

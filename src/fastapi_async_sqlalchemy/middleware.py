@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
 from attrs import evolve
 from starlette.applications import Starlette
 
-from ._arguments.checks import begin_of, boolean, mapping, paths
+from ._arguments.checks import begin_of, boolean, mapping, optional_waits, paths, waits
 from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
 from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
+from ._session.models import models_of
 from ._telemetry.logs import fields
 from ._telemetry.observer import Observer, observers_of
 from ._unit.database import Database, S_co
@@ -77,7 +78,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         custom_engine: the caller's own engine.
         engine_args: for ``create_async_engine()``, with ``db_url``.
         session_args: for the sessions; ``class_`` is the session class.
-        commit_on_exit: commit a response whose status is below 400, unless an exception is being handled.
+        commit_on_exit: commit a response whose status is below 400, unless an exception is being handled;
+            the default is that of the pair.
         exclude_paths: paths, exactly as requested, that get no unit of work.
         commit_when: a function that replaces that rule: it gets status and exception, and returns whether
             to commit.
@@ -90,6 +92,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warm_up: how many connections are open when the application has started.
         observers: are told what units do, until the lifespan ends.
         server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
+        concurrent_use: "wait" lets a task wait for its turn of a session, as long as for a connection, where
+            "refuse" raises ``ConcurrentUseError``; the default is that of the pair.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -106,7 +110,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         custom_engine: AsyncEngine | None = None,
         engine_args: EngineArgs | Mapping[str, object] | None = None,
         session_args: SessionArgs | Mapping[str, object] | None = None,
-        commit_on_exit: bool = False,  # noqa: FBT001, FBT002  # the order of release 0.8
+        commit_on_exit: bool | None = None,  # noqa: FBT001  # the order of release 0.8
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
@@ -118,14 +122,16 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
         server_timing: bool = False,
+        concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
-        self._policy = commit_policy(commit_on_exit, commit_when)
+        commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
+        self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
-        self._excluded = paths("exclude_paths", exclude_paths)
+        self._excluded, self._waits = paths("exclude_paths", exclude_paths), optional_waits(concurrent_use)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
@@ -187,6 +193,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             require_room(self._engine, self._warm_up)
             begin = self._transactions_begin
             self._database.take(self._engine, self._session_args, self._holder, self._warning, begin)
+        if self._waits is not None:
+            self._database.shared.waits = self._waits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -332,7 +340,9 @@ def create_middleware_and_session_proxy(
     session_class: type[S_co] | None = None,
     *,
     read_only: bool = False,
+    commit_on_exit: bool = False,
     begin: Begin | None = None,
+    concurrent_use: Literal["refuse", "wait"] = "refuse",
     observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
@@ -340,19 +350,25 @@ def create_middleware_and_session_proxy(
     Two pairs never share an engine, a session or a unit. ``session_class`` is the database's session
     class, and gives the proxy its type. Without it sessions are SQLModel's if SQLModel is installed,
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
-    suits a replica. ``begin`` is the default of all units: ``on_first_use`` or ``on_first_write``.
-    ``observers`` are told what they do.
+    suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware. ``begin``
+    is the default of all units: ``on_first_use`` or ``on_first_write``. With ``concurrent_use="wait"`` a
+    task waits for its turn of a session, in place of ``ConcurrentUseError``. ``observers`` are told what
+    units do.
 
     Raises:
         ConfigurationError: an argument is wrong.
     """
     if session_class is not None:
         session_class_of("session_class", session_class)
+        models_of(session_class)
     settings = PLAIN
     if boolean("read_only", read_only):
         settings = TransactionSettings(read_only=True)
     if begin_of(begin) == "on_first_write":
         settings = evolve(settings, begin=begin)
-    database, current, proxy = new_database(session_class, settings, observers_of(observers))
+    commits, wait = boolean("commit_on_exit", commit_on_exit), waits(concurrent_use)
+    database, current, proxy = new_database(
+        session_class, settings, commit_on_exit=commits, waits=wait, observers=observers_of(observers)
+    )
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

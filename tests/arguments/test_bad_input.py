@@ -32,6 +32,7 @@ from fastapi_async_sqlalchemy import (
     atomic,
     create_middleware_and_session_proxy,
     recovery,
+    violated_constraint,
 )
 from fastapi_async_sqlalchemy._arguments.engines import place_of
 
@@ -82,6 +83,15 @@ COUNT = OPTIONAL | {"a number"}
 SECONDS = COUNT | {"half"}
 FUNCTION = frozenset({"a function", "a class"})
 ANYTHING = frozenset(VALUES)
+UNIT = {
+    "session_args": OPTIONAL,
+    "read_only": OPTIONAL_FLAG,
+    "isolation_level": OPTIONAL,
+    "deferrable": OPTIONAL_FLAG,
+    "begin": OPTIONAL,
+    "pool_timeout": SECONDS,
+}
+"""What each block takes."""
 
 
 async def never_connect() -> None:
@@ -132,7 +142,7 @@ def of_recovery(name: str) -> Call:
 
 with_url = partial(of_middleware, db_url=GOOD)
 in_tasks = partial(of_db, "__call__", multi_sessions=True)
-on_replica = partial(of_db, "__call__", wait_for=POSITION)
+on_replica = partial(of_db, "after", position=POSITION)
 
 ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SQLAlchemyMiddleware", "app"): Argument(with_url("app"), FUNCTION | {"a coroutine function"}),
@@ -140,7 +150,7 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SQLAlchemyMiddleware", "custom_engine"): Argument(of_middleware("custom_engine"), OPTIONAL),
     ("SQLAlchemyMiddleware", "engine_args"): Argument(with_url("engine_args"), OPTIONAL),
     ("SQLAlchemyMiddleware", "session_args"): Argument(with_url("session_args"), OPTIONAL),
-    ("SQLAlchemyMiddleware", "commit_on_exit"): Argument(with_url("commit_on_exit"), FLAG),
+    ("SQLAlchemyMiddleware", "commit_on_exit"): Argument(with_url("commit_on_exit"), OPTIONAL_FLAG),
     ("SQLAlchemyMiddleware", "exclude_paths"): Argument(with_url("exclude_paths"), OPTIONAL),
     ("SQLAlchemyMiddleware", "commit_when"): Argument(with_url("commit_when"), OPTIONAL | FUNCTION),
     ("SQLAlchemyMiddleware", "max_concurrent_requests"): Argument(with_url("max_concurrent_requests"), COUNT),
@@ -163,6 +173,13 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("create_middleware_and_session_proxy", "read_only"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(read_only=value), FLAG
     ),
+    ("SQLAlchemyMiddleware", "concurrent_use"): Argument(with_url("concurrent_use"), OPTIONAL),
+    ("create_middleware_and_session_proxy", "concurrent_use"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(concurrent_use=value), NOTHING
+    ),
+    ("create_middleware_and_session_proxy", "commit_on_exit"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(commit_on_exit=value), FLAG
+    ),
     ("create_middleware_and_session_proxy", "begin"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(begin=value), OPTIONAL
     ),
@@ -170,11 +187,14 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
         lambda pair, value: create_middleware_and_session_proxy(observers=value), OPTIONAL
     ),
     ("atomic", "databases"): Argument(lambda pair, value: atomic(pair[1], value), NOTHING),
+    ("violated_constraint", "error"): Argument(
+        lambda pair, value: violated_constraint(value), frozenset({"an error"})
+    ),
     ("add_pool_timeout_handler", "app"): Argument(
         lambda pair, value: add_pool_timeout_handler(value), NOTHING
     ),
     ("SessionProxy.__call__", "session_args"): Argument(of_db("__call__", "session_args"), OPTIONAL),
-    ("SessionProxy.__call__", "commit_on_exit"): Argument(of_db("__call__", "commit_on_exit"), FLAG),
+    ("SessionProxy.__call__", "commit_on_exit"): Argument(of_db("__call__", "commit_on_exit"), OPTIONAL_FLAG),
     ("SessionProxy.__call__", "propagation"): Argument(of_db("__call__", "propagation"), NOTHING),
     ("SessionProxy.__call__", "read_only"): Argument(of_db("__call__", "read_only"), OPTIONAL_FLAG),
     ("SessionProxy.__call__", "isolation_level"): Argument(of_db("__call__", "isolation_level"), OPTIONAL),
@@ -183,9 +203,22 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.__call__", "multi_sessions"): Argument(of_db("__call__", "multi_sessions"), FLAG),
     ("SessionProxy.__call__", "max_concurrent"): Argument(in_tasks("max_concurrent"), COUNT),
     ("SessionProxy.__call__", "pool_timeout"): Argument(of_db("__call__", "pool_timeout"), SECONDS),
-    ("SessionProxy.__call__", "wait_for"): Argument(of_db("__call__", "wait_for"), OPTIONAL),
-    ("SessionProxy.__call__", "timeout"): Argument(on_replica("timeout"), SECONDS),
-    ("SessionProxy.__call__", "fallback"): Argument(on_replica("fallback"), OPTIONAL),
+    **{
+        (f"SessionProxy.{method}", name): Argument(of_db(method, name), takes)
+        for method, more in (
+            ("begin", {"propagation": NOTHING}),
+            ("per_task", {"max_concurrent": COUNT, "commit_on_exit": OPTIONAL_FLAG}),
+        )
+        for name, takes in (UNIT | more).items()
+    },
+    ("SessionProxy.after", "position"): Argument(of_db("after", "position"), NOTHING),
+    ("SessionProxy.after", "timeout"): Argument(on_replica("timeout"), SECONDS - OPTIONAL),
+    ("SessionProxy.after", "fallback"): Argument(on_replica("fallback"), OPTIONAL),
+    ("SessionProxy.after", "session_args"): Argument(on_replica("session_args"), OPTIONAL),
+    ("SessionProxy.after", "isolation_level"): Argument(on_replica("isolation_level"), OPTIONAL),
+    ("SessionProxy.after", "pool_timeout"): Argument(on_replica("pool_timeout"), SECONDS),
+    ("SessionProxy.create_all", "metadata"): Argument(of_db("create_all", "metadata"), NOTHING),
+    ("SessionProxy.drop_all", "metadata"): Argument(of_db("drop_all", "metadata"), NOTHING),
     ("SessionProxy.connection", "timeout"): Argument(of_db("connection", "timeout"), SECONDS),
     ("SessionProxy.connection", "commit_on_exit"): Argument(
         of_db("connection", "commit_on_exit"), OPTIONAL_FLAG
@@ -217,6 +250,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.connect", "url"): Argument(of_db("connect", "url"), NOTHING),
     ("SessionProxy.connect", "engine_args"): Argument(of_db("connect", "engine_args", GOOD), OPTIONAL),
     ("SessionProxy.connect", "session_args"): Argument(of_db("connect", "session_args", GOOD), OPTIONAL),
+    ("SessionProxy.connect", "commit_on_exit"): Argument(
+        of_db("connect", "commit_on_exit", GOOD), OPTIONAL_FLAG
+    ),
     ("SessionProxy.connect", "begin"): Argument(of_db("connect", "begin", GOOD), OPTIONAL),
     ("SessionProxy.connect", "pool_warm_up"): Argument(of_db("connect", "pool_warm_up", GOOD), COUNT),
     ("SessionProxy.connect", "observers"): Argument(of_db("connect", "observers", GOOD), OPTIONAL),
@@ -246,6 +282,7 @@ GIVEN_BY_OTHERS = {
     ("SQLAlchemyMiddleware.__call__", "receive"),
     ("SQLAlchemyMiddleware.__call__", "send"),
     ("SessionProxy.dependency", "connection"),  # FastAPI's
+    ("SessionProxy.unit_dependency", "connection"),
     ("UnitTaskGroup.create_task", "name"),  # asyncio's: whatever it is, its text is the name
     ("main", "arguments"),  # argparse's
     ("pgbouncer_engine_args", "connect_args"),  # asyncpg's
@@ -321,37 +358,16 @@ async def test_wrong_values_are_refused(place: tuple[str, str]) -> None:
 
 
 TOGETHER: dict[str, tuple[Callable[[Any, Any], object], str]] = {
-    "a fallback alone": (
-        lambda db, other: db(fallback=other),
-        "^timeout and fallback go with wait_for: give",
-    ),
-    "a timeout alone": (lambda db, _: db(timeout=5), "^timeout and fallback go with wait_for: give"),
     "a fallback that has no positions": (
-        lambda db, _: db(wait_for=POSITION, fallback=sqlite_db()),
+        lambda db, _: db.after(POSITION, fallback=sqlite_db()),
         "^fallback is PostgreSQL's alone: leave it out for sqlite",
     ),
     "a fallback on the same engine": (
-        lambda db, other: db(wait_for=POSITION, fallback=bound_to(other, db.engine)),
+        lambda db, other: db.after(POSITION, fallback=bound_to(other, db.engine)),
         "^fallback must be the primary's proxy, which has an engine of its own",
-    ),
-    "a position in each task": (
-        lambda db, _: db(multi_sessions=True, wait_for=POSITION),
-        "^wait_for, timeout and fallback are for one unit: leave",
-    ),
-    "a timeout in each task": (
-        lambda db, _: db(multi_sessions=True, timeout=5),
-        "^wait_for, timeout and fallback are for one unit: leave",
-    ),
-    "a fallback in each task": (
-        lambda db, other: db(multi_sessions=True, fallback=other),
-        "^wait_for, timeout and fallback are for one unit: leave",
     ),
     "an unknown propagation in each task": (
         lambda db, _: db(multi_sessions=True, propagation=URLS["plain"]),
-        "^propagation must be one of",
-    ),
-    "an unknown propagation with a position": (
-        lambda db, _: db(wait_for=POSITION, propagation=URLS["plain"]),
         "^propagation must be one of",
     ),
     "one database": (lambda db, _: atomic(*[db]), r"^atomic\(\) takes two databases.*: use `db\(\)` for one"),
@@ -520,7 +536,7 @@ async def test_no_repr_shows_a_secret(name: str, kind: Callable[[str], str | URL
         db(propagation="nested"),
         db(multi_sessions=True, max_concurrent=2),
         db({"info": {}}),
-        db(wait_for=POSITION, fallback=primary, timeout=1),
+        db.after(POSITION, fallback=primary, timeout=1),
         atomic(db, primary),
     ]
     things: list[object] = [middleware, instance, db, db.pool_status(), *scopes]
@@ -614,7 +630,7 @@ async def test_two_unreachable_servers(caplog: pytest.LogCaptureFixture, name: s
     primary.bind(create_async_engine(url.replace("/database", "/primary")))
 
     async def read() -> None:
-        async with replica(wait_for=POSITION, timeout=5, fallback=primary) as unit:
+        async with replica.after(POSITION, timeout=5, fallback=primary) as unit:
             await unit.session.execute(text("SELECT 1"))
 
     async def write() -> None:

@@ -97,7 +97,7 @@ BAD_SESSION_ARGS: dict[str, tuple[object, str]] = {
 }
 BAD_FLAGS: dict[str, tuple[object, str]] = {
     name: (value, "commit_on_exit must be True or False, not ")
-    for name, value in {"a word": "yes", "one": 1, "zero": 0, "None": None}.items()
+    for name, value in {"a word": "yes", "one": 1, "zero": 0, "empty": ""}.items()
 }
 BAD_PATHS: dict[str, tuple[object, str]] = {
     "a string": ("/health", r"exclude_paths must be an iterable of paths such as \['/health'\]"),

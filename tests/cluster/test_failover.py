@@ -241,7 +241,7 @@ async def test_asynchronous_replication_loses_acknowledged_writes(pair: Servers)
         assert (await client.post("/notes/later")).status_code == 201
         async with Judge(standby.url) as judge:
             await judge.execute("SELECT pg_switch_wal()")  # the new log is soon as long as the old one was
-        async with replica(wait_for=lost, timeout=LONG) as unit:
+        async with replica.after(lost, timeout=LONG) as unit:
             assert set(await unit.session.scalars(select(Note.text))) == {"received", "later"}
         assert shop.checked_out() == 0
 
@@ -283,7 +283,7 @@ async def test_replica_pair_on_a_promoted_server(pair: Servers) -> None:
             unit.session.add(Note(text="new"))
             await unit.commit()
             position = await db.commit_position()
-        async with replica(wait_for=position, timeout=LONG) as unit:
+        async with replica.after(position, timeout=LONG) as unit:
             assert await unit.session.scalar(select(Note.text)) == "new"
         assert await backend_of(replica) == backend
         with pytest.raises(DBAPIError, match="cannot execute INSERT in a read-only transaction"):

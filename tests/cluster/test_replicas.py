@@ -148,7 +148,7 @@ async def test_stale_read_is_refused(shop: Shop) -> None:
     async with replay_paused(shop.standby):
         position = await shop.write("late")
         with pytest.raises(ReplicaLagError, match=rf"had replayed \S+ and not {position} within") as raised:
-            async with shop.replica(wait_for=position, timeout=SHORT):
+            async with shop.replica.after(position, timeout=SHORT):
                 pytest.fail("the unit was entered")
         assert checked_out(shop.replica.engine.pool) == 0
     error = raised.value
@@ -156,7 +156,7 @@ async def test_stale_read_is_refused(shop: Shop) -> None:
     assert (error.position, error.timeout) == (position, SHORT)
     assert error.replayed is not None
     assert place(error.replayed) < place(position)
-    async with shop.replica(wait_for=position, timeout=LONG) as unit:
+    async with shop.replica.after(position, timeout=LONG) as unit:
         assert await find(unit.session, "late") == "late"
 
 
@@ -177,7 +177,7 @@ async def test_read_waits_until_the_standby_is_there(shop: Shop, level: Isolatio
     note = f"awaited in {level}"
 
     async def read(position: WalPosition) -> str | None:
-        async with shop.replica(isolation_level=level, wait_for=position, timeout=LONG) as unit:
+        async with shop.replica.after(position, isolation_level=level, timeout=LONG) as unit:
             assert await port_of(unit.session) == shop.standby.port
             return await find(unit.session, note)
 
@@ -192,7 +192,7 @@ async def test_standby_has_no_serializable(shop: Shop) -> None:
     """PostgreSQL refuses SERIALIZABLE on a standby; the connection is given back."""
     position = await shop.write("serializable")
     with pytest.raises(DBAPIError, match="cannot use serializable mode in a hot standby"):
-        await shop.replica(isolation_level="SERIALIZABLE", wait_for=position, timeout=LONG).__aenter__()
+        await shop.replica.after(position, isolation_level="SERIALIZABLE", timeout=LONG).__aenter__()
     assert checked_out(shop.replica.engine.pool) == 0
 
 
@@ -201,7 +201,7 @@ async def test_fallback_reads_from_the_primary(shop: Shop, caplog: pytest.LogCap
     """With a fallback the same unit reads the row on the primary, and a WARNING says why."""
     async with replay_paused(shop.standby):
         position = await shop.write("urgent")
-        async with shop.replica(wait_for=position, timeout=SHORT, fallback=shop.primary) as unit:
+        async with shop.replica.after(position, timeout=SHORT, fallback=shop.primary) as unit:
             assert_type(unit, UnitOfWork[ReplicaSession])
             assert_type(shop.replica.session, ReplicaSession)
             assert shop.replica.session is unit.session
@@ -217,7 +217,7 @@ async def test_fallback_reads_from_the_primary(shop: Shop, caplog: pytest.LogCap
 async def test_fallback_is_not_used_without_need(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """A standby that is far enough in time is read from, fallback or not."""
     position = await shop.write("replayed")
-    async with shop.replica(wait_for=position, timeout=LONG, fallback=shop.primary) as unit:
+    async with shop.replica.after(position, timeout=LONG, fallback=shop.primary) as unit:
         assert await port_of(unit.session) == shop.standby.port
         assert await find(unit.session, "replayed") == "replayed"
     assert complaints(caplog) == []
@@ -228,7 +228,7 @@ async def test_fallback_stays_read_only(shop: Shop) -> None:
     async with replay_paused(shop.standby):
         position = await shop.write("guarded")
         for refused, match in ((flush, "1 changed objects"), (insert_by_sql, "read-only transaction")):
-            unit = shop.replica(wait_for=position, timeout=SHORT, fallback=shop.primary)
+            unit = shop.replica.after(position, timeout=SHORT, fallback=shop.primary)
             with pytest.raises((ReadOnlyError, DBAPIError), match=match):  # leaving raises, too
                 async with unit as on_primary:
                     await refused(on_primary.session)
@@ -253,9 +253,9 @@ async def test_unreachable_replica(servers: Servers, caplog: pytest.LogCaptureFi
     async with open_shop(servers) as shop, replica.connect(nobody.url):
         position = await shop.write("unreachable")
         with pytest.raises(OSError, match="Connect call failed"):
-            async with replica(wait_for=position, timeout=LONG):
+            async with replica.after(position, timeout=LONG):
                 pytest.fail("the unit was entered")
-        async with replica(wait_for=position, timeout=LONG, fallback=shop.primary) as unit:
+        async with replica.after(position, timeout=LONG, fallback=shop.primary) as unit:
             assert await port_of(unit.session) == primary_server.port
             assert await find(unit.session, "unreachable") == "unreachable"
     assert [line for line in complaints(caplog) if "Connect call failed" in line and "WARNING" in line]
@@ -270,7 +270,7 @@ async def test_no_server_is_a_standby(servers: Servers, caplog: pytest.LogCaptur
         replica.connect(f"{primary_server.url}?target_session_attrs=standby"),
     ):
         position = await shop.write("no standby")
-        async with replica(wait_for=position, timeout=LONG, fallback=shop.primary) as unit:
+        async with replica.after(position, timeout=LONG, fallback=shop.primary) as unit:
             assert await find(unit.session, "no standby") == "no standby"
     assert [line for line in complaints(caplog) if "None of the hosts match" in line]
 
@@ -283,7 +283,7 @@ async def test_replica_that_answers_nothing(servers: Servers, caplog: pytest.Log
         silence = Server(standby.data, silent.getsockname()[1])
         async with open_shop(servers) as shop, replica.connect(silence.url), asyncio.timeout(LONG):
             position = await shop.write("unanswered")
-            async with replica(wait_for=position, timeout=SHORT, fallback=shop.primary) as unit:
+            async with replica.after(position, timeout=SHORT, fallback=shop.primary) as unit:
                 assert await port_of(unit.session) == primary_server.port
     assert complaints(caplog) != []
 
@@ -297,8 +297,8 @@ async def test_full_pool_is_no_lag(servers: Servers, caplog: pytest.LogCaptureFi
             with pytest.raises(
                 PoolTimeoutError, match=r"had no free connection .*\(1 of 1 are checked out\)"
             ):
-                await shop.replica(wait_for=position, timeout=SHORT).__aenter__()
-            async with shop.replica(wait_for=position, timeout=SHORT, fallback=shop.primary) as unit:
+                await shop.replica.after(position, timeout=SHORT).__aenter__()
+            async with shop.replica.after(position, timeout=SHORT, fallback=shop.primary) as unit:
                 assert await find(unit.session, "full") == "full"
     assert [line for line in complaints(caplog) if "had no free connection" in line]
 
@@ -306,7 +306,7 @@ async def test_full_pool_is_no_lag(servers: Servers, caplog: pytest.LogCaptureFi
 async def test_unit_is_for_one_use(shop: Shop) -> None:
     """A unit that waits is entered once, as any other; the one outside is current again afterwards."""
     position = await shop.write("once")
-    unit = shop.replica(wait_for=position, timeout=LONG)
+    unit = shop.replica.after(position, timeout=LONG)
     async with shop.replica() as outer:
         async with unit as inner:
             assert shop.replica.session is inner.session
@@ -321,9 +321,9 @@ async def test_refused_unit_leaves_the_outer_one_current(shop: Shop) -> None:
     async with replay_paused(shop.standby), shop.replica() as outer:
         position = await shop.write("inside")
         with pytest.raises(ReplicaLagError, match=position):
-            await shop.replica(wait_for=position, timeout=SHORT).__aenter__()
+            await shop.replica.after(position, timeout=SHORT).__aenter__()
         assert shop.replica.unit is outer
-        async with shop.replica(wait_for=position, timeout=SHORT, fallback=shop.primary) as on_primary:
+        async with shop.replica.after(position, timeout=SHORT, fallback=shop.primary) as on_primary:
             assert shop.replica.unit is on_primary
         assert shop.replica.unit is outer
         assert await find(outer.session, "inside") is None
@@ -333,7 +333,7 @@ async def test_cancelled_wait_gives_its_connection_back(shop: Shop) -> None:
     """A task that is cancelled while it waits leaves neither a connection nor a unit behind."""
 
     async def read(position: WalPosition) -> None:
-        async with shop.replica(wait_for=position, timeout=LONG, fallback=shop.primary):
+        async with shop.replica.after(position, timeout=LONG, fallback=shop.primary):
             pytest.fail("the unit was entered")
 
     async with replay_paused(shop.standby):
@@ -344,7 +344,7 @@ async def test_cancelled_wait_gives_its_connection_back(shop: Shop) -> None:
             await reading
         assert checked_out(shop.replica.engine.pool) == 0
         assert checked_out(shop.primary.engine.pool) == 0
-    async with shop.replica(wait_for=await shop.write("not given up"), timeout=LONG) as unit:
+    async with shop.replica.after(await shop.write("not given up"), timeout=LONG) as unit:
         assert await find(unit.session, "not given up") == "not given up"
 
 
@@ -377,7 +377,7 @@ async def test_writers_read_their_own_writes(servers: Servers) -> None:
             position = await shop.write(note)
             async with shop.replica() as unit:
                 without.append(await find(unit.session, note) is not None)
-            async with shop.replica(wait_for=position, timeout=LONG) as unit:
+            async with shop.replica.after(position, timeout=LONG) as unit:
                 assert await port_of(unit.session) == shop.standby.port
                 found.append(await find(unit.session, note) is not None)
 
@@ -408,7 +408,7 @@ async def test_every_transaction_of_the_unit_waits(servers: Servers) -> None:
         def lead(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> None:
             arguments["port"] = next(ports)
 
-        async with shop.replica(wait_for=position, timeout=SHORT) as unit:
+        async with shop.replica.after(position, timeout=SHORT) as unit:
             assert await port_of(unit.session) == primary_server.port
             assert await find(unit.session, "checked twice") == "checked twice"
             await unit.commit()
@@ -422,34 +422,25 @@ async def test_every_transaction_of_the_unit_waits(servers: Servers) -> None:
 )
 async def test_malformed_position_is_refused(shop: Shop, position: Any) -> None:
     """What cannot be a position is refused when the unit is asked for, and never sent."""
-    with pytest.raises(ConfigurationError, match=r"wait_for must be a position from `await primary\.commit"):
-        shop.replica(wait_for=position)
+    with pytest.raises(ConfigurationError, match=r"position must be a position from `await primary\.commit"):
+        shop.replica.after(position)
     assert checked_in(shop.replica.engine.pool) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"propagation": "required"}, "wait_for opens a unit of its own: leave propagation='required' out"),
-        ({"multi_sessions": True}, "fallback are for one unit: leave multi_sessions=True out"),
         ({"timeout": 0}, "timeout must be a finite number above 0, not 0"),
         ({"timeout": float("nan")}, "timeout must be a finite number above 0, not nan"),
         ({"fallback": "primary"}, "fallback must be the primary's proxy"),
-        ({"read_only": False}, "read_only=False was asked of a read-only pair"),
+        ({"isolation_level": "CHAOS"}, "isolation_level must be one of READ UNCOMMITTED"),
+        ({"pool_timeout": 0}, "pool_timeout must be a finite number above 0, not 0"),
     ],
 )
 async def test_wrong_arguments_beside_a_position(shop: Shop, arguments: dict[str, Any], match: str) -> None:
     """What does not go with a position is refused when the unit is asked for."""
     with pytest.raises(ConfigurationError, match=match):
-        shop.replica(wait_for=WalPosition("0/1"), **arguments)
-
-
-@pytest.mark.parametrize("argument", ["timeout", "fallback"])
-async def test_nothing_to_wait_for(shop: Shop, argument: str) -> None:
-    """What belongs to a position is refused without one: a reader who forgot it would read stale rows."""
-    arguments: dict[str, Any] = {"timeout": LONG, "fallback": shop.primary}
-    with pytest.raises(ConfigurationError, match="timeout and fallback go with wait_for"):
-        shop.replica(**{argument: arguments[argument]})
+        shop.replica.after(WalPosition("0/1"), **arguments)
 
 
 async def test_replica_has_no_position(shop: Shop) -> None:
@@ -461,7 +452,7 @@ async def test_replica_has_no_position(shop: Shop) -> None:
 async def test_fallback_to_itself_is_refused(shop: Shop) -> None:
     """A replica is not its own primary."""
     with pytest.raises(ConfigurationError, match="fallback must be the primary's proxy"):
-        shop.replica(wait_for=WalPosition("0/1"), fallback=shop.replica)
+        shop.replica.after(WalPosition("0/1"), fallback=shop.replica)
 
 
 async def test_positions_are_postgresqls(sqlite_url: str) -> None:
@@ -470,8 +461,8 @@ async def test_positions_are_postgresqls(sqlite_url: str) -> None:
     async with other.connect(sqlite_url):
         with pytest.raises(ConfigurationError, match=r"commit_position\(\) is PostgreSQL's alone"):
             await other.commit_position()
-        with pytest.raises(ConfigurationError, match="wait_for is PostgreSQL's alone"):
-            other(wait_for=WalPosition("0/1"))
+        with pytest.raises(ConfigurationError, match=r"after\(\) is PostgreSQL's alone"):
+            other.after(WalPosition("0/1"))
 
 
 @pytest.mark.parametrize("write", [flush, insert_by_sql])
@@ -512,7 +503,7 @@ async def test_commits_that_do_not_wait_for_the_disk(servers: Servers) -> None:
         quick = Shop(primary, shop.replica, shop.primary_server, shop.standby)
         for number in range(3):
             position = await quick.write(f"quick-{number}")
-            async with shop.replica(wait_for=position, timeout=LONG) as unit:
+            async with shop.replica.after(position, timeout=LONG) as unit:
                 assert await find(unit.session, f"quick-{number}") is not None
 
 
@@ -531,7 +522,7 @@ async def test_position_around_a_block_boundary(shop: Shop, beyond: int, header:
             await judge.execute(f"SELECT {message}")
         position = await shop.primary.commit_position()
     assert place(position) >= written - header
-    async with shop.replica(wait_for=position, timeout=LONG / 4) as unit:
+    async with shop.replica.after(position, timeout=LONG / 4) as unit:
         assert await port_of(unit.session) == shop.standby.port
 
 
@@ -542,7 +533,7 @@ async def test_position_at_the_start_of_a_segment(shop: Shop) -> None:
             await judge.execute("SELECT pg_switch_wal()")
         position = await shop.primary.commit_position()
     assert place(position) >= written - SEGMENT_HEADER
-    async with shop.replica(wait_for=position, timeout=LONG / 4) as unit:
+    async with shop.replica.after(position, timeout=LONG / 4) as unit:
         assert await port_of(unit.session) == shop.standby.port
 
 

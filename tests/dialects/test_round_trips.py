@@ -15,6 +15,7 @@ from sqlalchemy.util import greenlet_spawn
 from fastapi_async_sqlalchemy import (
     EngineArgs,
     SessionProxy,
+    WalPosition,
     atomic,
     create_middleware_and_session_proxy,
 )
@@ -44,11 +45,13 @@ async def connected(url: str, **options: Any) -> AsyncGenerator[tuple[Proxy, Tri
         yield db, trips
 
 
-async def counted(db: Proxy, trips: Trips, work: Work, **options: Any) -> int:
+async def counted(
+    db: Proxy, trips: Trips, work: Work, position: WalPosition | None = None, **options: Any
+) -> int:
     """Count the round trips of a unit; another one before has prepared the statements."""
     for _ in range(2):
         trips.taken()
-        async with db(commit_on_exit=True, **options) as unit:
+        async with db.after(position) if position else db.begin(**options) as unit:
             await work(unit.session)
     return trips.taken()
 
@@ -151,7 +154,7 @@ async def test_position_of_the_log(postgresql_url: str, driver: str) -> None:
         counter.taken()
         position = await db.commit_position()
         assert counter.taken() == 1
-        assert await counted(db, counter, read, wait_for=position) == 4
+        assert await counted(db, counter, read, position) == 4
 
 
 async def two_databases(server: URL, databases: ExitStack) -> list[str]:

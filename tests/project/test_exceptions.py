@@ -27,6 +27,7 @@ from fastapi_async_sqlalchemy import (
     TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
+    WrongDatabaseError,
     exceptions,
 )
 from tests.support.pages import ROOT
@@ -69,6 +70,12 @@ CASES = (
         RuntimeError,
         ("Primary", "task 'holder' is at work", "task 'intruder' called flush()"),
         "`async with db():` inside the task",
+    ),
+    Case(
+        WrongDatabaseError("Primary", "Entry is a model of AuditBase", ["ShopBase"], "Second"),
+        TypeError,
+        ("Primary", "Entry is a model of AuditBase", "models of ShopBase alone"),
+        "use a session of Second",
     ),
     Case(
         UnexpectedRollbackError("Primary", "a statement in it failed"),

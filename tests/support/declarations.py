@@ -13,7 +13,7 @@ PUBLIC_DUNDERS = {"__init__", "__call__"}
 
 def spelled(node: ast.AST) -> str:
     """Write a node in one spelling: the `_S_co` of a stub is the `S_co` of the sources."""
-    return re.sub(r"\b_(?=(?:S_co|F|T)\b)", "", ast.unparse(node))
+    return re.sub(r"\b_(?=(?:S_co|B_contra|F|T)\b)", "", ast.unparse(node))
 
 
 def function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

@@ -657,7 +657,7 @@ async def test_deadline_while_a_place_is_waited_for(sqlite_worker: Site) -> None
 
 def test_wrong_combinations(sqlite_worker: Site) -> None:
     """A limit without `multi_sessions`, and a propagation with it, are refused."""
-    with pytest.raises(ConfigurationError, match="max_concurrent goes with multi_sessions=True"):
+    with pytest.raises(ConfigurationError, match=r"write `db.per_task\(max_concurrent=...\)`"):
         sqlite_worker.db(max_concurrent=2)
     with pytest.raises(ConfigurationError, match="leave propagation='required' out"):
         sqlite_worker.db(multi_sessions=True, propagation="required")

@@ -4,9 +4,10 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from fastapi import Depends, FastAPI
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -18,6 +19,8 @@ from fastapi_async_sqlalchemy import (
     UnexpectedRollbackError,
     UnitOfWork,
 )
+from tests.support.dependency import needs_function_scope
+from tests.support.serving import asgi_client
 from tests.support.site import Site
 from tests.support.stage import DOOMED, NONE_OPEN, ONE_OPEN, BoomError, Stage, add
 from tests.support.tables import Note
@@ -272,6 +275,18 @@ async def generator() -> AsyncIterator[int]:
     yield 1
 
 
+class Methods:
+    """Methods that are not decorated right."""
+
+    @classmethod
+    async def of_class(cls) -> None:
+        """Do nothing."""
+
+    @staticmethod
+    async def static() -> None:
+        """Do nothing."""
+
+
 class Acting:
     """An object, not a function."""
 
@@ -291,6 +306,50 @@ def test_transactional_refuses_what_is_no_coroutine_function(
     """What is no coroutine function is refused where it is decorated, and shown."""
     with pytest.raises(ConfigurationError, match=r"transactional is for coroutine functions .*, not ."):
         decorate(sqlite_worker.db, wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        (plain, r"write it as `async def`, or open `async with db\.begin\(\):` inside"),
+        (generator, r"opens a unit itself, by `async with db\.begin\(\) as unit: yield unit`"),
+        (vars(Methods)["of_class"], "write @classmethod or @staticmethod above it"),
+        (vars(Methods)["static"], "write @classmethod or @staticmethod above it"),
+    ],
+    ids=["function", "generator", "class method", "static method"],
+)
+def test_transactional_says_what_to_write(sqlite_worker: Site, wrong: Any, remedy: str) -> None:
+    """The error names the way to write each kind of function."""
+    with pytest.raises(ConfigurationError, match=f": [^:]*{remedy}"):
+        sqlite_worker.db.transactional(wrong)
+
+
+@needs_function_scope
+async def test_transactional_and_dependencies_without_middleware(worker: Site) -> None:
+    """An endpoint joins the unit of its dependency, and one without such a dependency has its own."""
+    app, db = FastAPI(), worker.db
+
+    @db.transactional
+    async def load() -> str:
+        await add(db, "by a dependency")
+        return "loaded"
+
+    @app.post("/joined")
+    @db.transactional
+    async def joined(unit: Annotated[UnitOfWork[AsyncSession], Depends(db.unit_dependency)]) -> bool:
+        await add(db, "joined")
+        return unit is db.unit
+
+    @app.post("/own")
+    @db.transactional
+    async def own(loaded: Annotated[str, Depends(load)]) -> str:
+        await add(db, "own")
+        return loaded
+
+    async with asgi_client(app) as client:
+        assert (await client.post("/joined")).json() is True
+        assert (await client.post("/own")).json() == "loaded"
+    assert sorted(map(str, await worker.notes())) == ["by a dependency", "joined", "own"]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import ModuleType, TracebackType
-from typing import Any, Generic, Literal, Never, NewType, Self, TypeAlias, TypedDict, overload
+from typing import Any, Generic, Literal, Never, NewType, Protocol, Self, TypeAlias, TypedDict, overload
 
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Mapper, Query, Session
+from sqlalchemy.orm.interfaces import ORMOption
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
-from sqlalchemy.sql.schema import Table
+from sqlalchemy.sql.schema import MetaData, Table
+from sqlalchemy.sql.selectable import ForUpdateParameter
 from starlette.requests import HTTPConnection
 from typing_extensions import TypeVar
 
@@ -31,6 +33,7 @@ from .exceptions import (
     TransactionBegunError,
     UnexpectedRollbackError,
     UnitClosedError,
+    WrongDatabaseError,
 )
 from .middleware import (
     SQLAlchemyMiddleware,
@@ -56,6 +59,7 @@ __all__ = [
     "IsolationLevel",
     "LongHoldWarning",
     "MissingSessionError",
+    "ModelSession",
     "ObservedPool",
     "ObservedTransaction",
     "ObservedUnit",
@@ -80,15 +84,22 @@ __all__ = [
     "UnitStats",
     "UnitTaskGroup",
     "WalPosition",
+    "WrongDatabaseError",
     "add_pool_timeout_handler",
     "atomic",
     "create_middleware_and_session_proxy",
     "db",
     "pgbouncer_engine_args",
+    "violated_constraint",
 ]
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
+_B = TypeVar("_B")
+_B_co = TypeVar("_B_co", covariant=True)
+_B_contra = TypeVar("_B_contra", contravariant=True)
+_M = TypeVar("_M")
+_M_co = TypeVar("_M_co", covariant=True)
 _T = TypeVar("_T")
 _T1 = TypeVar("_T1")
 _T2 = TypeVar("_T2")
@@ -141,6 +152,7 @@ class EngineArgs(TypedDict, total=False):
     use_insertmanyvalues: bool
 
 def pgbouncer_engine_args(**connect_args: object) -> EngineArgs: ...
+def violated_constraint(error: BaseException) -> str | None: ...
 def atomic(
     first: SessionProxy[AsyncSession],
     second: SessionProxy[AsyncSession],
@@ -233,6 +245,55 @@ class SessionArgs(TypedDict, total=False):
     sync_session_class: type[Session]
     twophase: bool
 
+# A class of models that are both: the first overload tells which, the second what they must be.
+class _Entity(Protocol[_M_co, _B_co]):
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> _M_co: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> _B_co: ...  # type: ignore[overload-cannot-match]  # pyright: ignore[reportOverlappingOverload]  # on purpose
+
+# Each method takes less than SQLAlchemy's does, on purpose: hence the ignores. What is generic in `self` is
+# compatible to pyright, also where SQLModel's session class is the second base.
+class ModelSession(AsyncSession, Generic[_B_contra]):
+    @overload  # type: ignore[override]
+    def add(self: ModelSession[_B], instance: _B, *, _warn: bool = True) -> None: ...
+    @overload
+    def add(self: ModelSession[_B], instance: _B, _warn: bool = True) -> None: ...  # SQLAlchemy 2.0's
+    def add_all(self: ModelSession[_B], instances: Iterable[_B]) -> None: ...  # type: ignore[override]
+    async def delete(self: ModelSession[_B], instance: _B) -> None: ...  # type: ignore[override]
+    async def refresh(  # type: ignore[override]
+        self: ModelSession[_B],
+        instance: _B,
+        attribute_names: Iterable[str] | None = None,
+        with_for_update: ForUpdateParameter = None,
+    ) -> None: ...
+    def expunge(self: ModelSession[_B], instance: _B) -> None: ...  # type: ignore[override]
+    def expire(  # type: ignore[override]
+        self: ModelSession[_B], instance: _B, attribute_names: Iterable[str] | None = None
+    ) -> None: ...
+    async def get(  # type: ignore[override]
+        self: ModelSession[_B],
+        entity: _Entity[_M, _B] | Mapper[_M],
+        ident: Any,
+        *,
+        options: Sequence[ORMOption] | None = None,
+        populate_existing: bool | None = ...,
+        with_for_update: ForUpdateParameter = None,
+        identity_token: Any | None = None,
+        execution_options: Mapping[str, Any] = ...,
+    ) -> _M | None: ...
+    async def get_one(  # type: ignore[override]
+        self: ModelSession[_B],
+        entity: _Entity[_M, _B] | Mapper[_M],
+        ident: Any,
+        *,
+        options: Sequence[ORMOption] | None = None,
+        populate_existing: bool | None = ...,
+        with_for_update: ForUpdateParameter = None,
+        identity_token: Any | None = None,
+        execution_options: Mapping[str, Any] = ...,
+    ) -> _M: ...
+
 class PoolStatus(Mapping[str, str | int | float | None]):
     def __init__(
         self,
@@ -308,7 +369,7 @@ class SessionProxy(Generic[_S_co]):
     def __call__(
         self,
         session_args: SessionArgs | None = None,
-        commit_on_exit: bool = False,
+        commit_on_exit: bool | None = None,
         *,
         propagation: Propagation = "requires_new",
         read_only: bool | None = None,
@@ -318,9 +379,39 @@ class SessionProxy(Generic[_S_co]):
         multi_sessions: bool = False,
         max_concurrent: int | None = None,
         pool_timeout: float | None = None,
-        wait_for: WalPosition | None = None,
-        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def begin(
+        self,
+        *,
+        session_args: SessionArgs | None = None,
+        propagation: Propagation = "requires_new",
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        begin: Begin | None = None,
+        pool_timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def per_task(
+        self,
+        *,
+        max_concurrent: int | None = None,
+        commit_on_exit: bool | None = None,
+        session_args: SessionArgs | None = None,
+        read_only: bool | None = None,
+        isolation_level: IsolationLevel | None = None,
+        deferrable: bool | None = None,
+        begin: Begin | None = None,
+        pool_timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
+    def after(
+        self,
+        position: WalPosition,
+        *,
+        timeout: float = 1.0,
         fallback: SessionProxy[AsyncSession] | None = None,
+        session_args: SessionArgs | None = None,
+        isolation_level: IsolationLevel | None = None,
+        pool_timeout: float | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[_S_co], None]: ...
     async def commit_position(self) -> WalPosition: ...
     def connection(
@@ -557,7 +648,10 @@ class SessionProxy(Generic[_S_co]):
         deferrable: bool | None = None,
         retries: int = 0,
     ) -> Callable[[_F], _F]: ...
-    async def dependency(self, connection: HTTPConnection) -> _S_co: ...
+    async def dependency(self, connection: HTTPConnection = ...) -> _S_co: ...
+    async def unit_dependency(self, connection: HTTPConnection = ...) -> UnitOfWork[_S_co]: ...
+    async def create_all(self, metadata: MetaData) -> None: ...
+    async def drop_all(self, metadata: MetaData) -> None: ...
     def pool_status(self) -> PoolStatus: ...
     async def ping(self, *, timeout: float = 5.0) -> None: ...  # noqa: ASYNC109  # for each of its two parts
     def connect(
@@ -566,6 +660,7 @@ class SessionProxy(Generic[_S_co]):
         *,
         engine_args: EngineArgs | None = None,
         session_args: SessionArgs | None = None,
+        commit_on_exit: bool | None = None,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,

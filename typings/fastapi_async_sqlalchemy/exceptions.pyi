@@ -22,6 +22,7 @@ __all__ = [
     "TransactionBegunError",
     "UnexpectedRollbackError",
     "UnitClosedError",
+    "WrongDatabaseError",
 ]
 
 class FastAPIAsyncSQLAlchemyError(Exception): ...
@@ -43,6 +44,10 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, InvalidRequestError, RuntimeE
 
 class ConcurrentUseError(FastAPIAsyncSQLAlchemyError, IllegalStateChangeError, RuntimeError):
     def __init__(self, database: str, attempt: str, busy: str, remedy: str | None = None) -> None: ...
+
+class WrongDatabaseError(FastAPIAsyncSQLAlchemyError, TypeError):
+    def __init__(self, database: str, fact: str, bases: Sequence[str], owner: str | None) -> None: ...
+    owner: str | None
 
 class UnexpectedRollbackError(FastAPIAsyncSQLAlchemyError, PendingRollbackError, RuntimeError):
     def __init__(self, database: str, reason: str, remedy: str | None = None) -> None: ...

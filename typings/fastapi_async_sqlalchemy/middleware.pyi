@@ -1,5 +1,5 @@
 from collections.abc import Iterable, Mapping
-from typing import Generic
+from typing import Generic, Literal
 
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -22,7 +22,7 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         custom_engine: AsyncEngine | None = None,
         engine_args: EngineArgs | Mapping[str, object] | None = None,
         session_args: SessionArgs | Mapping[str, object] | None = None,
-        commit_on_exit: bool = False,
+        commit_on_exit: bool | None = None,
         *,
         exclude_paths: Iterable[str] | None = None,
         commit_when: CommitWhen | None = None,
@@ -34,6 +34,7 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         pool_warm_up: int | None = None,
         observers: Iterable[Observer] | None = None,
         server_timing: bool = False,
+        concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
@@ -42,7 +43,9 @@ def create_middleware_and_session_proxy(
     session_class: type[_S_co] | None = None,
     *,
     read_only: bool = False,
+    commit_on_exit: bool = False,
     begin: Begin | None = None,
+    concurrent_use: Literal["refuse", "wait"] = "refuse",
     observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 

@@ -46,6 +46,20 @@ def propagation_of(value: object) -> Propagation:
     return cast("Propagation", value)
 
 
+def waits(value: object) -> bool:
+    """Validate ``concurrent_use``; return whether a second task waits for its turn."""
+    if not (isinstance(value, str) and value in {"refuse", "wait"}):
+        wanted = "'refuse' or 'wait'"
+        name = "concurrent_use"
+        raise ConfigurationError(name, wanted, value)
+    return value == "wait"
+
+
+def optional_waits(value: object) -> bool | None:
+    """Validate ``concurrent_use`` of a middleware; None is as the pair."""
+    return None if value is None else waits(value)
+
+
 def begin_of(value: object) -> Begin | None:
     """Validate when transactions begin; None is as around."""
     if value is not None and value not in BEGINS:

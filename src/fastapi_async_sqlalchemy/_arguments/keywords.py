@@ -7,7 +7,7 @@ of them at import, and code that reads them at run time would need this module's
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from types import ModuleType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_origin
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
@@ -112,6 +112,13 @@ def session_class_of(name: str, value: object) -> None:
     """Raise ``ConfigurationError`` for anything but an ``AsyncSession`` class."""
     class_: object = value
     if not (isinstance(value, type) and issubclass(value, AsyncSession)):
+        if isinstance(
+            origin := get_origin(value), type
+        ):  # a type checker takes ModelSession[ShopBase] for a class
+            message = (
+                f"{name} must be a class: write `class ShopSession({origin.__name__}[...])`, and give that."
+            )
+            raise ConfigurationError(message)
         wanted = "a subclass of sqlalchemy.ext.asyncio.AsyncSession"
         raise ConfigurationError(name, wanted, class_)
 

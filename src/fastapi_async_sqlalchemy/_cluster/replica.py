@@ -54,8 +54,6 @@ FROM (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg
 _FIRST_PAUSE: Final = 0.001
 _LONGEST_PAUSE: Final = 0.05
 """Seconds between two queries; PostgreSQL does not report its replay position unasked."""
-_TIMEOUT: Final = 1.0
-"""The default number of seconds to wait."""
 _GRACE: Final = 0.5
 """Extra seconds for a server that does not answer, so that one that answers can report its position."""
 
@@ -108,21 +106,16 @@ class Replay:
 
 def replay(database: str, position: object, timeout: object) -> Replay:
     """Validate the arguments of a unit that waits."""
-    if position is None:
-        message = "timeout and fallback go with wait_for: give the position to wait for, or leave them out."
-        raise ConfigurationError(message)
     if not isinstance(position, str) or _POSITION.fullmatch(position) is None:
         wanted = "a position from `await primary.commit_position()`"
-        msg = "wait_for"
+        msg = "position"
         raise ConfigurationError(msg, wanted, position)
-    return Replay(
-        database, WalPosition(position), positive("timeout", _TIMEOUT if timeout is None else timeout)
-    )
+    return Replay(database, WalPosition(position), positive("timeout", timeout))
 
 
 @define(eq=False, repr=False)
 class ReplicaScope(Generic[S_co]):
-    """The result of ``db(wait_for=...)``: a unit on the replica once it has caught up, or on the primary."""
+    """The result of ``db.after(...)``: a unit on the replica once it has caught up, or on the primary."""
 
     replica: UnitScope[S_co]
     wait: Replay

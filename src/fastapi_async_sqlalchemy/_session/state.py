@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .checkout import Checkout, Route
     from .hooks import Hooks, RunningHook
     from .streams import ConnectionStream, Stream
+    from .waiting import Turn
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -64,6 +65,12 @@ class Shared:
         WeakKeyDictionary["asyncio.Task[Any]", "asyncio.Task[Any]"]
     )
     """For each task, the task that waits for its end, such as the caller of ``db.gather()``."""
+    waits: bool = False
+    """A task waits for its turn of a session, in place of ``ConcurrentUseError``."""
+    waiting: WeakKeyDictionary[asyncio.Task[Any], SessionState] = Factory(
+        WeakKeyDictionary["asyncio.Task[Any]", "SessionState"]
+    )
+    """For each task that waits for its turn, the state of that session."""
 
     request: Callable[[], str | None] = _no_request
     """Returns the request that the current task serves, for log records."""
@@ -164,6 +171,8 @@ class SessionState:
     exposed: frozenset[Connection] = frozenset()
     """The connections that user code has: a task may be in the middle of a statement on one."""
     waiter: asyncio.Future[None] | None = None
+    turns: tuple[Turn, ...] = ()
+    """The tasks that wait for their turn."""
     settling: bool = False
     """A response is about to start: other tasks wait until the transaction is settled."""
     reads_alone: bool = False

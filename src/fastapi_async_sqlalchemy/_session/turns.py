@@ -22,6 +22,7 @@ from .hooks import in_hook_of
 from .restoring import note_loaded
 from .state import SessionState, StatefulSession, task_at_work, task_name
 from .streams import watch_stream
+from .waiting import pass_on, wait_for_turn, wake
 
 if TYPE_CHECKING:
     import asyncio
@@ -172,7 +173,9 @@ def in_memory(method: Callable[..., Any]) -> Callable[..., Any]:
         state = session._fastapi_async_sqlalchemy
         # a settlement includes objects added meanwhile, unless it is a rollback, which would drop them
         if state.closed or (
-            state.holder is not None and (not state.settling or state.operation == "rollback")
+            state.holder is not None
+            and (not state.settling or state.operation == "rollback")
+            and not (state.shared.waits and not session._flushing)
         ):
             _refuse(state, task_at_work(), name)
         return method(session, *args, **kwargs)
@@ -189,6 +192,13 @@ def _reenter(state: SessionState, task: asyncio.Task[Any] | None, name: str) -> 
         if in_hook_of(state.hooks):
             break  # the settlement may be waiting for this task
         await_only(state.idle())
+    if state.shared.waits and task is not None and state.holder not in {None, task} and not state.closed:
+        await_only(wait_for_turn(state, task, name))
+        try:
+            _refuse_between_rows(state, task, name)
+        except BaseException:
+            pass_on(state)
+            raise
     _refuse(state, task, name)
     return state.holder is not None
 
@@ -249,10 +259,9 @@ def _leave_to_others(session: StatefulSession, state: SessionState, task: asynci
                 state.checkout.after_operation(session)
     finally:  # ROLLBACK may fail, too
         if state.holder is task:
-            state.holder = None
-        if state.waiter is not None:
-            state.waiter.set_result(None)
-            state.waiter = None
+            pass_on(state)
+        else:
+            wake(state)
 
 
 def refuse_to_lose_rows(session: StatefulSession | None) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import event
 
 from .._dialects.errors import begin_in_time, is_transaction_lost
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
+from ..exceptions import WrongDatabaseError
 from .outcome import check_again, note_committed
 from .state import Shared, note_statement, task_at_work
 from .streams import watch_connection_stream
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPICursor
     from sqlalchemy.orm import Session
 
+    from .models import Models
     from .watched import WatchedSession
 
 
@@ -34,19 +36,28 @@ if TYPE_CHECKING:
 class Watch(Shared):
     """A reporter of the statements and errors on one database's connections to their sessions."""
 
-    classes: dict[type[Session], type[WatchedSession]] = Factory(
-        dict["type[Session]", "type[WatchedSession]"]
+    classes: dict[tuple[type[Session], Models | None], type[WatchedSession]] = Factory(
+        dict["tuple[type[Session], Models | None]", "type[WatchedSession]"]
     )
     readers: WeakSet[Engine] = Factory(WeakSet["Engine"])
     """The engines whose plain reads may be sent without a transaction."""
+    guarded: dict[type[Session], Models] = Factory(dict["type[Session]", "Models"])
+    """The watched classes that take certain models alone."""
+    models: Models | None = None
+    """The models of all those classes, unless they differ: then each statement's session is looked up."""
     taken_in: Callable[[Engine], None] | None = None
     """The function by which an open test sandbox takes in each further engine."""
 
-    def session_class(self, base: type[Session]) -> type[WatchedSession]:
-        """Return the watched subclass of a ``sync_session_class``."""
-        if base not in self.classes:
-            self.classes[base] = watched_class(base, self)
-        return self.classes[base]
+    def session_class(self, base: type[Session], models: Models | None) -> type[WatchedSession]:
+        """Return the watched subclass of a ``sync_session_class``, for sessions that take certain models."""
+        key = (base, models)
+        if key not in self.classes:
+            self.classes[key] = watched = watched_class(base, self, models)
+            if models is not None:
+                models.pairs.add(self)
+                self.models = models if not self.guarded or self.models is models else None
+                self.guarded[watched] = models
+        return self.classes[key]
 
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; a second call has no effect."""
@@ -105,6 +116,8 @@ class Watch(Shared):
     def _do_execute(
         self, cursor: DBAPICursor, statement: str, _values: object, context: ExecutionContext
     ) -> None:
+        if self.guarded and (self.models is None or not self.models.decided(context.compiled)):
+            self._require_own(context)
         options = context.execution_options
         if self.unbuffered:
             refuse_to_lose_rows(self.session_of(context.root_connection))
@@ -122,12 +135,22 @@ class Watch(Shared):
                 begin_in_time(cursor, statement, context.root_connection)
                 note_statement(session, statement, context.root_connection)
 
+    def _require_own(self, context: ExecutionContext) -> None:
+        """Refuse a session's statement with a table that belongs to another database."""
+        session = self.session_of(context.root_connection)
+        if session is None or context.compiled is None:
+            return
+        models = self.guarded.get(type(session))
+        if models is not None:
+            models.require_statement(context.compiled, session)
+
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         self._do_execute(cursor, statement, None, context)
 
     def _handle_error(self, context: ExceptionContext) -> None:
         session = None if context.connection is None else self.session_of(context.connection)
-        if session is not None:
+        unsent = isinstance(context.original_exception, WrongDatabaseError)
+        if session is not None and not unsent:
             state = session._fastapi_async_sqlalchemy
             after_the_check = state.committing and context.statement is not None
             if state.committing and not after_the_check:

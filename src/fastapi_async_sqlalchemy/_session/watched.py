@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Engine
 
+    from .models import Models
     from .state import SessionState, Shared
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
@@ -188,9 +189,9 @@ def _roll_back_owned(session: StatefulSession, end: Callable[[], None]) -> None:
         raise
 
 
-def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
+def watched_class(base: type[Session], shared: Shared, models: Models | None = None) -> type[WatchedSession]:
     """Create the subclass of a session class for the sessions of one database."""
-    members = {
+    members: dict[str, object] = {
         "_fastapi_async_sqlalchemy": LateState(shared),
         "__del__": _finalizer(getattr(base, "__del__", None)),
         "__module__": base.__module__,
@@ -199,13 +200,31 @@ def watched_class(base: type[Session], shared: Shared) -> type[WatchedSession]:
         "reset": reset if base.reset is Session.reset else base.reset,
         "invalidate": invalidate if base.invalidate is Session.invalidate else base.invalidate,
     }
+    if models is not None:
+        members["get_bind"] = _get_bind_of(models)
     watched: Any = type(f"Watched{base.__name__}", (WatchedSession, base), members)
     for guard, names in _GUARDS:
         for name in names:
             if isinstance(method := inspect.getattr_static(watched, name, None), FunctionType):
                 setattr(watched, name, guard(method))
     follow(watched)
+    if models is not None:
+        models.follow(watched)
     return cast("type[WatchedSession]", watched)
+
+
+def _get_bind_of(models: Models) -> Callable[..., Engine | Connection]:
+    """Return a ``get_bind`` that chooses an engine for the models of its own database alone."""
+    known = models.known
+
+    def get_bind(session: WatchedSession, *args: Any, **kwargs: Any) -> Engine | Connection:
+        mapper = args[0] if args else kwargs.get("mapper")
+        if mapper is not None and mapper not in known:
+            models.require(mapper, session)
+        chosen = super(WatchedSession, session).get_bind(*args, **kwargs)
+        return _reached(session._fastapi_async_sqlalchemy, chosen)
+
+    return get_bind
 
 
 def _finalizer(inherited: Callable[[Session], None] | None) -> Callable[[WatchedSession], None]:

@@ -72,7 +72,7 @@ def _children_of(
     arguments = session_arguments(session_args)
     _ = database.engine
     found = open_unit(current)
-    config = database.configs[False] if found is None else found._config
+    config = database.configs[database.commit_on_exit] if found is None else found._config
     if config.settings.twophase:  # each of the children ends separately
         config = evolve(config, make=None, settings=database.settings)
     if arguments:

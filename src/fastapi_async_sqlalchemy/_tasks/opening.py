@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .._arguments.checks import begin_of, boolean, mapping, propagation_of
 from .._arguments.engines import holder
 from .._arguments.keywords import session_arguments
-from .._cluster.replica import Replay, ReplicaScope, replay, require_postgresql, written_position
+from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
 from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .._arguments.checks import Begin, IsolationLevel, Propagation
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
+    from .._dialects.begin import TransactionSettings
     from .._telemetry.observer import Observer
     from .._unit.database import S_co
 
@@ -46,112 +47,88 @@ _FALLBACK: Final = "fallback must be the primary's proxy, which has an engine of
 def open_scope(
     handle: Handle[S_co],
     session_args: SessionArgs | None,
-    commit_on_exit: bool,  # noqa: FBT001  # validated in the body
+    commit_on_exit: bool | None,  # noqa: FBT001  # validated in the body
     *,
-    propagation: Propagation,
-    read_only: bool | None,
-    isolation_level: IsolationLevel | None,
-    deferrable: bool | None,
-    begin: Begin | None,
-    multi_sessions: bool,
-    max_concurrent: int | None,
-    pool_timeout: float | None,
-    waiting: tuple[object, object, object],
+    propagation: Propagation = "requires_new",
+    read_only: bool | None = None,
+    isolation_level: IsolationLevel | None = None,
+    deferrable: bool | None = None,
+    begin: Begin | None = None,
+    multi_sessions: bool = False,
+    max_concurrent: int | None = None,
+    pool_timeout: float | None = None,
 ) -> AbstractAsyncContextManager[UnitOfWork[S_co], None]:
-    """Return the block for ``db(...)``; ``waiting`` is its wait_for, timeout and fallback."""
-    if commit_on_exit is not False and commit_on_exit is not True:
-        boolean("commit_on_exit", commit_on_exit)
+    """Return the block for ``db(...)``, ``db.begin(...)`` and ``db.per_task(...)``."""
     database, make, limits = handle._database, None, None
-    settings, wait = database.settings, None
+    commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
+    settings = database.settings
     if not (read_only is None and isolation_level is None and deferrable is None and begin is None):
         settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
     for_each_task = multi_sessions is not False or max_concurrent is not None
-    if propagation != "requires_new" or for_each_task or waiting != (None, None, None):
-        wait = _check_kind(
-            handle, propagation, waiting, multi_sessions=multi_sessions, per_task=for_each_task
-        )
+    if propagation != "requires_new" or for_each_task:
+        _check_kind(propagation, multi_sessions=multi_sessions, per_task=for_each_task)
     if session_args is not None:
         # an empty mapping is no argument
         session_args = cast("SessionArgs", session_arguments(session_args)) or None
     if session_args or settings is not database.settings:
         make = database.maker(session_args, settings)
-    config = database.configs[commit_on_exit]
+    config = database.configs[commits]
     if make or limits:
-        config = UnitConfig(database, settings, make, limits, commit_on_exit)
+        config = UnitConfig(database, settings, make, limits, commits)
     new = UnitScope(config, handle._current)
     if for_each_task:
         return TaskUnitsScope(new)
-    if wait is not None:
-        return _on_replica(handle, new, session_args, wait, waiting[2])
     return new if propagation == "requires_new" else PropagatingScope(new, propagation, bool(session_args))
 
 
-def _check_kind(
-    handle: Handle[Any],
-    propagation: Propagation,
-    waiting: tuple[object, object, object],
-    *,
-    multi_sessions: bool,
-    per_task: bool,
-) -> Replay | None:
-    """Validate what kind of block is asked for; return the wait of one for a replica."""
+def _check_kind(propagation: Propagation, *, multi_sessions: bool, per_task: bool) -> None:
+    """Validate what kind of block is requested."""
     propagation_of(propagation)
-    if per_task:
-        _check_for_each_task(multi_sessions, propagation, waiting)
-    elif waiting != (None, None, None):
-        return _check_waiting(handle, propagation, waiting)
-    return None
-
-
-def _check_for_each_task(
-    multi_sessions: bool,  # noqa: FBT001  # validated in the body
-    propagation: Propagation,
-    waiting: tuple[object, object, object],
-) -> None:
+    if not per_task:
+        return
     if not boolean("multi_sessions", multi_sessions):
-        message = "max_concurrent goes with multi_sessions=True: one session has one connection."
+        message = "max_concurrent is for tasks with a unit each: write `db.per_task(max_concurrent=...)`."
         raise ConfigurationError(message)
     if propagation != "requires_new":
-        message = f"multi_sessions=True opens units of its own: leave propagation={propagation!r} out."
-        raise ConfigurationError(message)
-    if any(one is not None for one in waiting):
-        message = "wait_for, timeout and fallback are for one unit: leave multi_sessions=True out."
+        message = f"multi_sessions=True opens separate units: leave propagation={propagation!r} out."
         raise ConfigurationError(message)
 
 
-def _check_waiting(
-    handle: Handle[Any], propagation: Propagation, waiting: tuple[object, object, object]
-) -> Replay:
-    position, timeout, fallback = waiting
-    if propagation != "requires_new":
-        message = f"wait_for opens a unit of its own: leave propagation={propagation!r} out."
-        raise ConfigurationError(message)
-    wait = replay(handle._database.name, position, timeout)
+def open_after(
+    handle: Handle[S_co],
+    position: object,
+    timeout: object,
+    fallback: object,
+    *,
+    session_args: SessionArgs | None,
+    isolation_level: IsolationLevel | None,
+    pool_timeout: float | None,
+) -> ReplicaScope[S_co]:
+    """Return the block for ``db.after(...)``."""
+    database, limits = handle._database, None
+    settings = transaction_settings(None, isolation_level, None, database.settings)
+    wait = replay(database.name, position, timeout)
+    if pool_timeout is not None:
+        limits = limits_of("pool_timeout", pool_timeout, None, database.shared)
     if not (fallback is None or isinstance(fallback, Handle)) or fallback is handle:
         raise ConfigurationError(_FALLBACK)
-    return wait
+    session_arguments(session_args)
+    require_postgresql("after()", database.engine)
 
+    def scope(settings: TransactionSettings, engine: AsyncEngine | None) -> UnitScope[S_co]:
+        make = database.maker(session_args or None, settings, engine)
+        config = UnitConfig(database, settings, make, limits, database.commit_on_exit)
+        return UnitScope(config, handle._current)
 
-def _on_replica(
-    handle: Handle[S_co],
-    new: UnitScope[S_co],
-    session_args: SessionArgs | None,
-    wait: Replay,
-    fallback: object,
-) -> ReplicaScope[S_co]:
-    database = handle._database
-    require_postgresql("wait_for", database.engine)
-    primary = None
+    new, primary = scope(settings, None), None
     if isinstance(fallback, Handle):
         primary_engine: AsyncEngine = fallback._database.engine  # pyright: ignore[reportUnknownMemberType]  # for mypy a cast is redundant
         if primary_engine is database.engine:
             raise ConfigurationError(_FALLBACK)
-        settings = evolve(new.config.settings, read_only=True)
         require_postgresql("fallback", primary_engine)
-        make = database.maker(session_args, settings, primary_engine)
-        primary = UnitScope(UnitConfig(database, settings, make, new.config.limits), handle._current)
+        primary = scope(evolve(settings, read_only=True), primary_engine)
     return ReplicaScope(new, wait, primary)
 
 
@@ -172,20 +149,22 @@ async def commit_position(handle: Handle[Any]) -> WalPosition:
         return await written_position(session)
 
 
-async def session_of_request(handle: Handle[S_co], connection: HTTPConnection) -> S_co:
-    """Return the session of a request's unit; see ``SessionProxy.dependency()``."""
+async def unit_of_request(handle: Handle[S_co], connection: HTTPConnection | None) -> UnitOfWork[S_co]:
+    """Return the unit of a request, or the current one; see ``SessionProxy.unit_dependency()``."""
+    if connection is None:
+        return handle._current.get()._here()
     for place in around(handle._current.get()):  # a unit opened earlier is not the request's
         if isinstance(place, UnitOfWork) and place._belongs_to(connection.scope):
             own: UnitOfWork[S_co] = place
-            return own.session
+            return own
     stack: AsyncExitStack | None = connection.scope.get("fastapi_function_astack")
     if stack is None or connection.scope["type"] != "http":
-        return handle._current.get().session
+        return handle._current.get()._here()
     opened: UnitOfWork[S_co] = await stack.enter_async_context(
         UnitScope(handle._database.configs[True], handle._current)
     )
     opened._scope = connection.scope
-    return opened.session
+    return opened
 
 
 def connect(
@@ -195,6 +174,7 @@ def connect(
     engine_args: EngineArgs | None,
     session_args: SessionArgs | None,
     *,
+    commit_on_exit: bool | None,
     begin: Begin | None,
     pool_warm_up: int | None,
     observers: tuple[Observer, ...],
@@ -210,16 +190,19 @@ def connect(
     else:
         engine = make_engine("url", url, engine_args)
     require_room(engine, count)
-    handle._database.check(engine, session_args, begin)
+    database = handle._database
+    database.check(engine, session_args, begin)
+    commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
     return Connected(
         result,
-        handle._database,
+        database,
         engine,
         session_args,
         observers,
         owned=engine is not url,
         begin=begin,
         warm_up=count,
+        commit_on_exit=commits,
     )
 
 
@@ -235,12 +218,15 @@ class Connected(Generic[P]):
     owned: bool
     begin: Begin | None
     warm_up: int
+    commit_on_exit: bool
+    """Whether blocks commit by default as long as the engine is used."""
 
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
         self.database.bind(self.engine, self.session_args, by, self.begin)
         if self.observers:
             observe(self.database, self.observers)
+        self.database.commit_on_exit, self.commit_on_exit = self.commit_on_exit, self.database.commit_on_exit
         try:
             await warm_up(self.engine, self.warm_up)
         except BaseException as error:
@@ -256,3 +242,4 @@ class Connected(Generic[P]):
         finally:
             self.database.unbind()
             stop_observing(self.database, self.observers)
+            self.database.commit_on_exit = self.commit_on_exit

@@ -34,7 +34,8 @@ def transactional(
     ``alone`` returns whether the unit will be a new one: a part of a unit cannot be retried.
     """
     if not inspect.iscoroutinefunction(function):
-        message = f"transactional is for coroutine functions (`async def`), not {_safe_repr(function)}."
+        shown, remedy = _safe_repr(function), _remedy(function)
+        message = f"transactional is for coroutine functions (`async def`), not {shown}: {remedy}."
         raise ConfigurationError(message)
 
     @functools.wraps(function)
@@ -64,6 +65,15 @@ def transactional(
         return await retrying(*args, **kwargs)
 
     return cast("F", repeatedly)
+
+
+def _remedy(function: object) -> str:
+    """Say what to write in place of a decorated object that is no coroutine function."""
+    if isinstance(function, classmethod | staticmethod):
+        return "write @classmethod or @staticmethod above it"
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        return "a dependency that yields opens a unit itself, by `async with db.begin() as unit: yield unit`"
+    return "write it as `async def`, or open `async with db.begin():` inside"
 
 
 def _name(function: object) -> str:

@@ -15,6 +15,7 @@ from .._arguments.engines import Holder, holder, place_of
 from .._arguments.keywords import require_fitting, session_arguments
 from .._dialects.begin import PLAIN, require_read_only_twophase
 from .._session.loops import running_loop
+from .._session.models import models_of
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 from .settings import SettingsRoute
@@ -60,6 +61,10 @@ class Database(Generic[S_co]):
     _declared: type[S_co] | None
     settings: TransactionSettings = PLAIN
     """The default settings of its units' transactions."""
+    commit_on_exit: bool = False
+    """Whether the end of a block commits by default."""
+    waits: bool = False
+    """Whether a task waits for its turn of a session by default."""
     begin: Begin | None = None
     """When transactions on the engine in use begin, if whoever bound it has said so."""
     _engine: AsyncEngine | None = None
@@ -113,6 +118,9 @@ class Database(Generic[S_co]):
         if self._engine is None:
             raise SessionNotInitialisedError(self.name)
         return self._engine
+
+    def __attrs_post_init__(self) -> None:
+        self._watch.waits = self.waits
 
     def bind(
         self,
@@ -170,7 +178,7 @@ class Database(Generic[S_co]):
     async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
         """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
-            self._live, self.holder = False, None
+            self._live, self.holder, self._watch.waits = False, None, self.waits
             self._watch.leave()
             if self.opening is not None:
                 self.opening.unbind()
@@ -184,6 +192,7 @@ class Database(Generic[S_co]):
         if self.opening is not None:
             self.opening.unbind()
         self._watch.leave()
+        self._watch.waits = self.waits
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self.begin = None
         self._variants.clear()
@@ -239,7 +248,8 @@ class Database(Generic[S_co]):
         for bind in binds:
             self._watch.listen(bind.sync_engine)
         resets_on_close = keywords.pop("close_resets_only", True)
-        keywords |= {"close_resets_only": False, "sync_session_class": self._watch.session_class(base)}
+        watched = self._watch.session_class(base, models_of(class_))
+        keywords |= {"close_resets_only": False, "sync_session_class": watched}
 
         create = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
         if route is None and resets_on_close:
