@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
@@ -11,22 +9,19 @@ from attrs import evolve
 from starlette.applications import Starlette
 
 from ._arguments.checks import begin_of, boolean, mapping, optional_waits, paths, waits
-from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
-from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
 from ._session.models import models_of
-from ._telemetry.logs import fields
 from ._telemetry.observer import Observer, observers_of
 from ._unit.database import Database, S_co
-from ._unit.observing import observe, stop_observing
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
-from ._unit.warming import require_room, warm_up, warm_up_of
+from ._unit.warming import warm_up_of
 from ._web.admission import admission, unavailable
 from ._web.failure import KeptBodies
+from ._web.lifespan import EngineUse
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
@@ -41,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ._arguments.checks import Begin
     from ._arguments.keywords import EngineArgs, SessionArgs
@@ -50,16 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
-logger = logging.getLogger("fastapi_async_sqlalchemy")
-
-_END_OF_LIFESPAN: Final = (
-    "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
-)
 _BY_MESSAGE: Final = "open `async with db():` for each message"
 _NOT_EXCLUDED: Final = "take it off exclude_paths, or open `async with db():`"
-_LAST_LIFESPAN_MESSAGES: Final = frozenset(
-    {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
-)
 
 _default_database, _default_current, db = new_database(None, PLAIN)
 
@@ -131,70 +118,28 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
         self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
-        self._excluded, self._waits = paths("exclude_paths", exclude_paths), optional_waits(concurrent_use)
+        self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
-        self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
-        self._observers, self._observing = observers_of(observers), False
-        self._unit = self._unit_class(server_timing)
-        self._session_args = session_arguments(session_args)
-        self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
-        self._owned = db_url is not None
-        self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
-        self._begin()
+        timed, observing = boolean("server_timing", server_timing), observers_of(observers)
+        self._unit: type[RequestUnit] = TimedRequestUnit if timed else RequestUnit
+        self._use = EngineUse(
+            database=database,
+            source=(db_url, custom_engine, mapping("engine_args", engine_args)),
+            session_args=session_arguments(session_args),
+            begins=begin_of(begin),
+            warm_up=warm_up_of(pool_warm_up),
+            waits=optional_waits(concurrent_use),
+            watcher=saturation_warning(pool_warn_threshold, pool_warn_interval),
+            observers=(*observing, Observer()) if timed else observing,  # by which the times are measured
+        )
+        self._use.bring(app)
+        self._use.begin()
         self._in_websocket = NoUnit(None, database=database, where="in a WebSocket", remedy=_BY_MESSAGE)
         self._on_excluded_path = NoUnit(
             None, database=database, where="on an excluded path", remedy=_NOT_EXCLUDED
         )
-
-    def _unit_class(self, server_timing: object) -> type[RequestUnit]:
-        if not boolean("server_timing", server_timing):
-            return RequestUnit
-        self._observers += (Observer(),)  # which has the unit's times measured
-        return TimedRequestUnit
-
-    def _own_or_given(
-        self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
-    ) -> AsyncEngine | None:
-        self._holder = holder("the middleware of an application", _END_OF_LIFESPAN)
-        if db_url is None and engine_args:
-            other = "another engine" if custom_engine is None else "custom_engine"
-            message = f"engine_args go with db_url: {other} has its own already."
-            raise ConfigurationError(message)
-        if custom_engine is not None:
-            if db_url is not None:
-                message = "db_url and custom_engine exclude each other: give one of them."
-                raise ConfigurationError(message)
-            return async_engine("custom_engine", custom_engine)
-        if db_url is None:
-            if self._session_args:
-                message = "session_args go with an engine: give them to db.bind() or db.connect()."
-                raise ConfigurationError(message)
-            if self._transactions_begin is not None:
-                message = "begin goes with an engine: give it to db.connect(), or to the pair."
-                raise ConfigurationError(message)
-            return None
-        source, application = (parse("db_url", db_url), dict(engine_args)), _application(self.app)
-        self._holder = evolve(self._holder, source=source, application=application)
-        first = self._database.holder
-        if first is not None and first.application is application and first.source == source:
-            return self._database.engine  # the application has rebuilt its middleware stack
-        return make_engine("db_url", db_url, engine_args)
-
-    def _begin(self) -> None:
-        """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
-        if self._observers and not self._observing:
-            self._observing = True
-            observe(self._database, self._observers)
-        if self._engine is None:
-            self._database.watch_pool(self._warning)
-        else:
-            require_room(self._engine, self._warm_up)
-            begin = self._transactions_begin
-            self._database.take(self._engine, self._session_args, self._holder, self._warning, begin)
-        if self._waits is not None:
-            self._database.shared.waits = self._waits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -238,86 +183,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
-            await self._lifespan(scope, receive, send)
+            await self._use.serve(self.app, scope, receive, send)
             return
         token = self._current.set(self._in_websocket if kind == "websocket" else self._on_excluded_path)
         try:
             await self.app(scope, receive, send)
         finally:
             self._current.reset(token)
-
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the lifespan, and dispose an owned engine before the server stops the event loop."""
-        answered = ended = False
-
-        async def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                await self._end()
-
-        async def forward(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            if message["type"] == "lifespan.startup.complete":
-                await self._start()
-            if message["type"] in _LAST_LIFESPAN_MESSAGES:
-                await end()
-            await send(message)
-
-        self._begin()
-        try:
-            await self.app(scope, receive, forward)
-        finally:
-            await end()
-            if not answered:  # an application without a lifespan may still be served
-                self._database.watch_pool(self._warning)
-
-    async def _start(self) -> None:
-        """Require an engine, and open the connections that were requested."""
-        if not self._database.connected:
-            error = (
-                f"{self._database.name} has no engine though the application has started: give the "
-                "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
-                "`async with db.connect(url):` or `db.bind(engine)`."
-            )
-            raise ConfigurationError(error)
-        await warm_up(self._database.engine, self._warm_up)
-
-    async def _end(self) -> None:
-        """Release the engine; an error while disposing it is logged and not raised."""
-        self._database.watch_pool(None)
-        if self._engine is not None:
-            try:
-                await self._database.release(self._engine, owned=self._owned)
-            except Exception:
-                name = self._database.name
-                logger.exception("The engine of %s could not be disposed.", name, extra=fields(name))
-        if self._observing:
-            self._observing = False
-            stop_observing(self._database, self._observers)
-
-
-def _application(app: object) -> object:
-    """Return the application that is building its stack, otherwise the innermost one.
-
-    A middleware in between may hide the innermost one.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "build_middleware_stack":
-            return frame.f_locals.get("self", app)
-        frame = frame.f_back
-    return _innermost(app)
-
-
-def _innermost(app: object) -> object:
-    """Return the application below all middlewares: a router, the same at each rebuild of the stack."""
-    while True:
-        inner: object = getattr(app, "app", None)
-        if inner is None or inspect.ismethod(inner):  # a router's `app` is a method
-            return app
-        app = inner
 
 
 def add_pool_timeout_handler(app: Starlette) -> None:
