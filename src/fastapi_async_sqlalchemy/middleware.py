@@ -111,21 +111,17 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         server_timing: bool = False,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
-        if not callable(app):
-            message = f"app must be an ASGI application, not {_safe_repr(app)}."
-            raise ConfigurationError(message)
-        self.app = app
+        self.app = _require_app(app)
         commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
         self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
         self._excluded = paths("exclude_paths", exclude_paths)
-        database = self._database
-        self._config = database.configs[self._policy.commit_on_exit]
+        self._config = self._database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         timed, observing = boolean("server_timing", server_timing), observers_of(observers)
         self._unit: type[RequestUnit] = TimedRequestUnit if timed else RequestUnit
         self._use = EngineUse(
-            database=database,
+            database=self._database,
             source=(db_url, custom_engine, mapping("engine_args", engine_args)),
             session_args=session_arguments(session_args),
             begins=begin_of(begin),
@@ -136,10 +132,11 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         )
         self._use.bring(app)
         self._use.begin()
-        self._in_websocket = NoUnit(None, database=database, where="in a WebSocket", remedy=_BY_MESSAGE)
-        self._on_excluded_path = NoUnit(
-            None, database=database, where="on an excluded path", remedy=_NOT_EXCLUDED
-        )
+        self._in_websocket = self._no_unit("in a WebSocket", _BY_MESSAGE)
+        self._on_excluded_path = self._no_unit("on an excluded path", _NOT_EXCLUDED)
+
+    def _no_unit(self, where: str, remedy: str) -> NoUnit[S_co]:
+        return NoUnit(None, database=self._database, where=where, remedy=remedy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -190,6 +187,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self.app(scope, receive, send)
         finally:
             self._current.reset(token)
+
+
+def _require_app(app: ASGIApp) -> ASGIApp:
+    if not callable(app):
+        message = f"app must be an ASGI application, not {_safe_repr(app)}."
+        raise ConfigurationError(message)
+    return app
 
 
 def add_pool_timeout_handler(app: Starlette) -> None:

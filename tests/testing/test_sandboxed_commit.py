@@ -150,7 +150,7 @@ async def test_replica_reads_what_its_primary_has_committed(
     ):
         await write(primary.db, "by the primary")
         position = await primary.db.commit_position()
-        async with replica(wait_for=position) as unit:
+        async with replica.after(position) as unit:
             assert list(await unit.session.scalars(select(Note.text))) == ["by the primary"]
 
 

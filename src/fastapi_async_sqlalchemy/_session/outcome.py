@@ -182,7 +182,7 @@ def refuse_half(session: StatefulSession, error: BaseException) -> None:
             [str(place_of(one.engine.url)) for one in state.ledger.written_on if one not in done],
         )
         failure = PartialCommitError(sides[0], ", ".join(sides[1]))
-        logger.error("%s", failure)
+        logger.error("%s", failure, extra=state.shared.fields(session.hash_key))
         if (transaction := session.get_transaction()) is not None:
             transaction.close()  # rolls the others back; SQLAlchemy's rollback() would warn of this one
         raise failure from error
