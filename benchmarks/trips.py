@@ -205,7 +205,7 @@ async def of_ours(url: str) -> AsyncGenerator[tuple[str, ...]]:
                 await Side(trips, db, db).run(select)
                 what = "first SELECT of an engine" + (", `pool_warm_up=1`" if warm_up else "")
                 yield "asyncpg", what, "", "", f"{trips.taken()}", ""
-        nameless = EngineArgs(**ONE, **pgbouncer_engine_args())
+        nameless: EngineArgs = {**ONE, **pgbouncer_engine_args()}
         counts = list[str]()
         for begin in (None, ON_FIRST_WRITE):
             async with db.connect(trips.url, engine_args=nameless, begin=begin):

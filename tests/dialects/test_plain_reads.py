@@ -574,7 +574,8 @@ async def test_pgbouncer(postgresql_url: str) -> None:
         async with connected(through) as db, db() as unit:
             with pytest.raises(ConfigurationError, match=r"pgbouncer_engine_args\(\)"):
                 await unit.session.scalar(READ)
-        async with connected(through, **pgbouncer_engine_args(), pool_size=5) as db:
+        nameless: dict[str, Any] = {**pgbouncer_engine_args(), "pool_size": 5}
+        async with connected(through, **nameless) as db:
 
             async def read() -> None:
                 for _ in range(20):
