@@ -20,6 +20,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
 )
 from fastapi_async_sqlalchemy._dialects.reads import is_plain
+from fastapi_async_sqlalchemy.testing import sandbox
 from tests.support.databases import Judge, JudgeFor
 from tests.support.pgbouncer import pgbouncer
 from tests.support.settings import NO_SERVER
@@ -487,6 +488,20 @@ async def test_trips(url: str) -> None:
                 await unit.session.scalar(READ)
                 await unit.session.scalar(READ)
         assert trips.taken() == 2
+
+
+async def test_in_a_sandbox(url: str, judge: Judge) -> None:
+    """In a test's sandbox all reads are in its one transaction, and see what that has written."""
+    async with connected(url) as db:
+        async with sandbox(db):
+            async with db(commit_on_exit=True) as unit:
+                assert await unit.session.scalar(READ) is None
+                unit.session.add(Note(text="in the sandbox"))
+            async with db() as unit:
+                assert await unit.session.scalar(READ) == "in the sandbox"
+        async with db() as unit:
+            assert await unit.session.scalar(READ) is None
+            assert await begun(judge) is False
 
 
 # What is refused.
