@@ -20,6 +20,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
 )
 from fastapi_async_sqlalchemy._dialects.reads import is_plain
+from fastapi_async_sqlalchemy.testing import sandbox
 from tests.support.databases import Judge, JudgeFor
 from tests.support.pgbouncer import pgbouncer
 from tests.support.settings import NO_SERVER
@@ -489,6 +490,20 @@ async def test_trips(url: str) -> None:
         assert trips.taken() == 2
 
 
+async def test_in_a_sandbox(url: str, judge: Judge) -> None:
+    """In a test's sandbox all reads are in its one transaction, and see what that has written."""
+    async with connected(url) as db:
+        async with sandbox(db):
+            async with db(commit_on_exit=True) as unit:
+                assert await unit.session.scalar(READ) is None
+                unit.session.add(Note(text="in the sandbox"))
+            async with db() as unit:
+                assert await unit.session.scalar(READ) == "in the sandbox"
+        async with db() as unit:
+            assert await unit.session.scalar(READ) is None
+            assert await begun(judge) is False
+
+
 # What is refused.
 
 
@@ -574,7 +589,8 @@ async def test_pgbouncer(postgresql_url: str) -> None:
         async with connected(through) as db, db() as unit:
             with pytest.raises(ConfigurationError, match=r"pgbouncer_engine_args\(\)"):
                 await unit.session.scalar(READ)
-        async with connected(through, **pgbouncer_engine_args(), pool_size=5) as db:
+        nameless: dict[str, Any] = {**pgbouncer_engine_args(), "pool_size": 5}
+        async with connected(through, **nameless) as db:
 
             async def read() -> None:
                 for _ in range(20):

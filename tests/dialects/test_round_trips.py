@@ -41,7 +41,8 @@ async def connected(url: str, **options: Any) -> AsyncGenerator[tuple[Proxy, Tri
     await create_tables(engine)
     await engine.dispose()
     _, db = create_middleware_and_session_proxy(AsyncSession)
-    async with counting(url) as trips, db.connect(trips.url, **{"engine_args": ONE, **options}):
+    given: dict[str, Any] = {"engine_args": ONE, **options}
+    async with counting(url) as trips, db.connect(trips.url, **given):
         yield db, trips
 
 

@@ -5,13 +5,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import NullPool, literal, select
+from sqlalchemy import AsyncAdaptedQueuePool, NullPool, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    EngineArgs,
     SessionNotInitialisedError,
     create_middleware_and_session_proxy,
 )
@@ -20,6 +21,7 @@ from tests.support.settings import NO_SERVER
 from tests.support.site import MakeSite, checked_in
 from tests.support.trips import counting
 
+QUEUE = EngineArgs(poolclass=AsyncAdaptedQueuePool)
 UNREACHABLE = {
     "postgresql": NO_SERVER["postgresql"],
     "mysql": NO_SERVER["mysql"],
@@ -30,7 +32,7 @@ UNREACHABLE = {
 async def test_connections_are_open(database_url: str) -> None:
     """On entry of ``db.connect()`` so many connections lie in the pool."""
     _, db = create_middleware_and_session_proxy(AsyncSession)
-    engine_args: Any = {"pool_size": 3, "max_overflow": 0}
+    engine_args: Any = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 3, "max_overflow": 0}
     async with db.connect(database_url, engine_args=engine_args, pool_warm_up=3):
         assert (db.pool_status().checked_in, db.pool_status().checked_out) == (3, 0)
         async with db() as unit:
@@ -53,7 +55,7 @@ async def test_engine_that_the_lifespan_connects(sqlite_url: str) -> None:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-        async with db.connect(sqlite_url):
+        async with db.connect(sqlite_url, engine_args=QUEUE):
             yield
 
     async with asgi_client(Starlette(middleware=[ours], lifespan=lifespan)):
@@ -74,11 +76,12 @@ async def test_first_unit_asks_for_no_facts(postgresql_url: str) -> None:
 async def test_error_is_the_start_s(dialect: str) -> None:
     """A server that does not answer fails the start, and nothing stays connected."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    url = UNREACHABLE[dialect]
     with pytest.raises(Exception, match=r"(?i)connect|unable to open"):
-        await db.connect(UNREACHABLE[dialect], pool_warm_up=2).__aenter__()
+        await db.connect(url, engine_args=QUEUE, pool_warm_up=2).__aenter__()
     with pytest.raises(SessionNotInitialisedError):
         _ = db.engine
-    ours: Any = Middleware(middleware, UNREACHABLE[dialect], pool_warm_up=2)
+    ours: Any = Middleware(middleware, db_url=url, engine_args=QUEUE, pool_warm_up=2)
     with pytest.raises(Exception, match=r"(?i)connect|unable to open"):
         await asgi_client(Starlette(middleware=[ours])).__aenter__()
 

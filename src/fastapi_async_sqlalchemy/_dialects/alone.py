@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from sqlalchemy.engine import Connection
+
+
+READ_COMMITTED: Final = frozenset({None, "read_committed", 2})
+"""That level in asyncpg's adapter and in psycopg, or none of a connection's own."""
 
 
 def is_idle(adapted: Any) -> bool:
@@ -47,10 +51,10 @@ def end_alone(adapted: Any) -> None:
 def outside_transaction(connection: Connection) -> Generator[None]:
     """Run a query without a transaction of its own, unless one is open; then it is rolled back.
 
-    A transaction with a level is begun, as the server may refuse that: a standby has no SERIALIZABLE.
+    A transaction with another level is begun, as the server may refuse that: a standby has no SERIALIZABLE.
     """
     adapted: Any = connection.connection.dbapi_connection
-    if is_idle(adapted) and level_at_begin(adapted) is None:
+    if is_idle(adapted) and level_at_begin(adapted) in READ_COMMITTED:
         with alone(adapted):
             yield
     else:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from ..exceptions import ConfigurationError
-from .alone import alone, end_alone, is_idle, level_at_begin
+from .alone import READ_COMMITTED, alone, end_alone, is_idle, level_at_begin
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, ExecutionContext
@@ -51,8 +51,6 @@ _READS_ALONE: Final = "fastapi_async_sqlalchemy.reads_alone"
 """Whether READ COMMITTED is the default of a connection."""
 _OURS: Final = 2
 """The number of our own listeners for the statements of one database."""
-_READ_COMMITTED: Final = frozenset({None, "read_committed", 2})
-"""That level, or none of its own, in asyncpg's adapter and in psycopg."""
 
 
 @lru_cache(maxsize=1024)
@@ -121,7 +119,7 @@ def send_alone(cursor: DBAPICursor, statement: str, values: Any, context: Execut
     known = pooled.info.get(_READS_ALONE)
     if known is None:
         known = pooled.info[_READS_ALONE] = _ask(adapted)
-    if not known or level_at_begin(adapted) not in _READ_COMMITTED:
+    if not known or level_at_begin(adapted) not in READ_COMMITTED:
         return False
     adapted.autocommit = True
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,7 @@ from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
 from .alone import alone
+from .logical import LogicalConnection
 from .statements import TWO_PHASE, dated
 
 if TYPE_CHECKING:
@@ -53,8 +55,10 @@ def finish_in_one(engine: Engine, dialect: Any) -> None:
     dialect.do_rollback_twophase = partial(_finish, "ROLLBACK", dialect.do_rollback)
     if dialect.driver == "asyncpg":
         dialect.do_begin_twophase = _begin_simply
-        dialect.do_commit_twophase = partial(_finish, "COMMIT", partial(_send, "COMMIT"))
-        dialect.do_rollback_twophase = partial(_finish, "ROLLBACK", partial(_send, "ROLLBACK"))
+        dialect.do_commit_twophase = partial(_finish, "COMMIT", partial(_end, "COMMIT", dialect.do_commit))
+        dialect.do_rollback_twophase = partial(
+            _finish, "ROLLBACK", partial(_end, "ROLLBACK", dialect.do_rollback)
+        )
         dialect.do_execute_no_params = partial(_execute_simply, dialect.do_execute_no_params)
         event.listen(engine.pool, "reset", _end_simply)
 
@@ -74,8 +78,17 @@ def _finish(
     if not is_prepared:
         finish(connection.connection)
         return
-    with alone(connection.connection.dbapi_connection):
+    adapted = connection.connection.dbapi_connection
+    with nullcontext() if isinstance(adapted, LogicalConnection) else alone(adapted):
         _execute(connection, f"{verb} PREPARED '{xid}'")
+
+
+def _end(verb: str, end: Callable[[Any], None], connection: Any) -> None:
+    """End a transaction that is not prepared; one in a sandbox is a savepoint."""
+    if isinstance(connection.dbapi_connection, LogicalConnection):
+        end(connection)
+    else:
+        _send(verb, connection.dbapi_connection)
 
 
 def _execute(connection: Connection, statement: str) -> None:
@@ -85,6 +98,8 @@ def _execute(connection: Connection, statement: str) -> None:
 def _begin_simply(connection: Connection, _: str) -> None:
     """Begin a transaction that asyncpg does not follow: it would wait for a COMMIT or ROLLBACK."""
     adapted: Any = connection.connection.dbapi_connection
+    if isinstance(adapted, LogicalConnection):
+        return  # its first statement begins it
     words = ["BEGIN"]
     if adapted.isolation_level is not None:
         words += ["ISOLATION LEVEL", adapted.isolation_level.replace("_", " ")]
@@ -110,10 +125,11 @@ def _execute_simply(
     context: ExecutionContext | None = None,
 ) -> None:
     """Execute a statement by asyncpg, one of a two-phase commit without preparing it."""
-    if context is None or not statement.startswith(TWO_PHASE):
+    adapted = None if context is None else context.root_connection.connection.dbapi_connection
+    if adapted is None or isinstance(adapted, LogicalConnection) or not statement.startswith(TWO_PHASE):
         execute(cursor, statement, context)
     else:
-        _send(statement, context.root_connection.connection.dbapi_connection)
+        _send(statement, adapted)
 
 
 def _send(statement: str, adapted: Any) -> None:
