@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import Factory, define
 
+from . import liveness, loops
 from .meaning import Meaning, meaning_of
 from .statements import verb_of, writes
 
@@ -311,6 +312,11 @@ _KINDS: Final = MappingProxyType[str, type[LogicalConnection]](
         "aiosqlite": _Sqlite,
     }
 )
+
+
+def looks_at_driver(listener: object) -> bool:
+    """Whether a listener to a pool's events looks at the connection itself, which others may use."""
+    return getattr(listener, "__module__", None) in {liveness.__name__, loops.__name__}
 
 
 def knows(engine: Engine) -> bool:

@@ -14,7 +14,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from .._arguments.checks import positive
-from .._dialects.logical import knows
+from .._dialects.logical import knows, looks_at_driver
 from .._dialects.loops import renew_queue
 from .._session.cancellation import to_completion
 from .._unit.place import Handle
@@ -139,7 +139,11 @@ class _Takeover:
         server = self._server_of(engine, engine.pool if own is None else own)
         if watch is not None:
             server.watches.append(watch)
-        if own is None:
+        if own is not None:
+            for listener in list(engine.pool.dispatch.checkout):
+                if looks_at_driver(listener) and event.contains(engine, "checkout", listener):
+                    event.remove(engine, "checkout", listener)
+        else:
             renew_queue(engine, self.loop)
             logical = _logical_pool(engine, engine.pool, server)
             self.taken.append(_Taken(engine, engine.pool, logical))
@@ -184,5 +188,6 @@ def _logical_pool(engine: Engine, own: Pool, server: SandboxServer) -> Pool:
         pool = NullPool(creator, dialect=engine.dialect)
     for name in _EVENTS:
         for listener in getattr(own.dispatch, name):
-            event.listen(pool, name, listener)
+            if not looks_at_driver(listener):
+                event.listen(pool, name, listener)
     return pool
