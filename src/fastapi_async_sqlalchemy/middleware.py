@@ -118,16 +118,16 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
-        commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
-        self._policy = commit_policy(commits, commit_when)
+        self._policy = commit_policy(self._commits(commit_on_exit), commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
-        self._excluded, self._waits = paths("exclude_paths", exclude_paths), optional_waits(concurrent_use)
+        self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
         self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
         self._session_args = session_arguments(session_args)
-        self._transactions_begin, self._warm_up = begin_of(begin), warm_up_of(pool_warm_up)
+        self._waits, self._warm_up = optional_waits(concurrent_use), warm_up_of(pool_warm_up)
+        self._begins: Begin | None = begin_of(begin)
         self._owned = db_url is not None
         self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
         self._begin()
@@ -140,6 +140,9 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             where="on an excluded path",
             remedy="take it off exclude_paths, or open `async with db():`",
         )
+
+    def _commits(self, given: bool | None) -> bool:  # noqa: FBT001  # three values
+        return self._database.commit_on_exit if given is None else given
 
     def _own_or_given(
         self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
@@ -158,7 +161,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             if self._session_args:
                 message = "session_args go with an engine: give them to db.bind() or db.connect()."
                 raise ConfigurationError(message)
-            if self._transactions_begin is not None:
+            if self._begins is not None:
                 message = "begin goes with an engine: give it to db.connect(), or to the pair."
                 raise ConfigurationError(message)
             return None
@@ -175,8 +178,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             self._database.watch_pool(self._warning)
         else:
             require_room(self._engine, self._warm_up)
-            begin = self._transactions_begin
-            self._database.take(self._engine, self._session_args, self._holder, self._warning, begin)
+            self._database.take(self._engine, self._session_args, self._holder, self._warning, self._begins)
         if self._waits is not None:
             self._database.shared.waits = self._waits
 
