@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, default=75.0, help=f"enough under faults, see below ({default})")
     add("--concurrency", type=int, default=16, help=f"clients at a time ({default})")
     memory = f"without faults, for the memory, which 0 leaves out ({default})"
-    add("--memory-requests", type=int, default=15_000, help=memory)
+    add("--memory-requests", type=int, default=12_000, help=memory)
     drivers = server.DRIVERS
     add("--driver", choices=[one for each in drivers.values() for one in each], help="of most routes")
     add("--pre-ping", action="store_true", help="let the pools ping what they hand out")

@@ -32,7 +32,7 @@ async def _join(started: asyncio.Event, resume: asyncio.Event) -> None:
         await write("b")
         started.set()
         await resume.wait()
-        await write("d")
+        await write("e")
 
 
 async def _start(resume: asyncio.Event) -> None:
@@ -84,7 +84,7 @@ async def held() -> AsyncGenerator[None]:
     async with main(propagation="required"):
         await write("b")
         yield
-        await write("d")
+        await write("e")
 
 
 async def joined_dependency(_: Annotated[None, Depends(held)]) -> None:

@@ -78,7 +78,7 @@ _FASTAPI = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
 _TEARDOWN_FOLLOWS = _FASTAPI >= (0, 118)
 """Teardowns come after the response, but for those that are asked, since 0.121, to come before."""
 _TORN_DOWN_BEFORE = Promise((_response("at"),))
-_HELD = Transaction("tail", "tail", frozenset("abd")) if _TEARDOWN_FOLLOWS else _response("abd")
+_HELD = Transaction("tail", "tail", frozenset("abe")) if _TEARDOWN_FOLLOWS else _response("abe")
 """What a dependency's block holds open is settled when the block has ended."""
 _TORN_DOWN_AFTER = Promise((_A, _tail("t"))) if _TEARDOWN_FOLLOWS else _TORN_DOWN_BEFORE
 ROUTES = {
@@ -140,9 +140,9 @@ ROUTES = {
     ),
     "listener_refuses": Promise((_refused("a"), _after_rollback("r"), _never("h")), 409),
     # tasks, event loops and processes
-    "joined_task": Promise((_response("abd"),)),
-    "joined_too_long": Promise((_refused("abd"),), 500),
-    "joined_by_hand": Promise((_response("abd"),)),
+    "joined_task": Promise((_response("abe"),)),
+    "joined_too_long": Promise((_refused("abe"),), 500),
+    "joined_by_hand": Promise((_response("abe"),)),
     "joined_dependency": Promise((_HELD,)),
     "other_loop": Promise((_A, _never("o"))),
     "job": Promise((_own("j", "j"), _own("k", "k"))),

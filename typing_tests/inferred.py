@@ -6,6 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Literal, Self, assert_type, overload
 
 from fastapi import Depends, FastAPI
+from opentelemetry.metrics import get_meter_provider
+from opentelemetry.trace import get_tracer_provider
 from sqlalchemy import URL, Connection, NullPool, func, inspect, select, text
 from sqlalchemy.engine.interfaces import IsolationLevel as EngineIsolationLevel
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction, create_async_engine
@@ -32,8 +34,13 @@ from fastapi_async_sqlalchemy import (
     Hook,
     InDoubtError,
     IsolationLevel,
+    LongHoldWarning,
     MissingSessionError,
     ModelSession,
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
     PartialCommitError,
     PoolStatus,
     PoolTimeoutError,
@@ -46,9 +53,11 @@ from fastapi_async_sqlalchemy import (
     SessionProxy,
     SQLAlchemyMiddleware,
     TransactionBegunError,
+    TransactionOutcome,
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitStats,
     UnitTaskGroup,
     WalPosition,
     WrongDatabaseError,
@@ -59,6 +68,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
     violated_constraint,
 )
+from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, SandboxedApp, SandboxError, sandbox
 
@@ -581,6 +591,7 @@ async def connected() -> None:
 
 async def pools() -> None:
     """A pool's state is an object and a mapping."""
+    assert_type(await orders.ping(timeout=1), None)
     status = orders.pool_status()
     assert_type(status, PoolStatus)
     assert_type(status.pool_class, str)
@@ -684,6 +695,7 @@ async def units() -> None:
     assert_type(unit.opened, OrderSession | None)
     assert_type(unit.closed, bool)
     assert_type(unit.info, dict[str, Any])
+    assert_type(unit.stats, UnitStats)
     assert_type(await unit.commit(), None)
     assert_type(await unit.rollback(), None)
     assert_type(unit.savepoint(), AsyncSessionTransaction)
@@ -724,7 +736,8 @@ def errors() -> None:
     assert_type(every[0], FastAPIAsyncSQLAlchemyError)
     concurrent = ConcurrentUseError(database="a", attempt="b called commit()", busy="c is at work")
     unexpected = UnexpectedRollbackError(database="a", reason="a statement failed")
-    late = PoolTimeoutError("orders", 0.5, db.pool_status(), remedy="wait")
+    late = PoolTimeoutError("orders", 0.5, db.pool_status(), remedy="wait", holders=["task 'a'"])
+    assert_type(late.holders, tuple[str, ...])
     assert_type(late.timeout, float)
     assert_type(late.retry_after, int)
     assert_type(late.pool_status, PoolStatus)
@@ -795,3 +808,71 @@ async def _receive() -> Message:
 
 async def _send(message: Message) -> None:
     message.clear()
+
+
+class Watching(Observer):
+    """An observer overrides the moments that it wants."""
+
+    def pool_bound(self, pool: ObservedPool) -> None:
+        assert_type(pool.database, str)
+        assert_type(pool.name, str)
+        assert_type(pool.system, str)
+        assert_type(pool.status(), PoolStatus)
+
+    def unit_opened(self, unit: ObservedUnit) -> None:
+        assert_type(unit.number, int)
+        assert_type(unit.pool, ObservedPool)
+        assert_type(unit.request, str | None)
+        assert_type(unit.task, str)
+        assert_type(unit.place, str | None)
+        assert_type(unit.stats.statements, int)
+        assert_type(unit.stats.rows, int)
+        assert_type(unit.stats.transactions, int)
+        assert_type(unit.stats.waited, float)
+        assert_type(unit.stats.held, float)
+        assert_type(unit.stats.committing, float)
+        assert_type(unit.stats.last_statement, str)
+
+    def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
+        assert_type(transaction.outcome, TransactionOutcome)
+        assert_type(transaction.statements, int)
+        assert_type(transaction.rows, int)
+        assert_type(transaction.held, float)
+        assert_type(transaction.committing, float)
+        assert_type(transaction.commit_error, str | None)
+
+
+def observing(pool: ObservedPool, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
+    """Observers go to a pair, a middleware or a block; each of their methods can be called alone."""
+    watching = Watching()
+    assert_type(pool, ObservedPool)
+    assert_type(unit, ObservedUnit)
+    assert_type(transaction, ObservedTransaction)
+    assert_type(Observer(), Observer)
+    assert_type(LongHoldWarning(seconds=5), LongHoldWarning)
+    assert_type(LongHoldWarning(5.0).seconds, float)
+    app.add_middleware(OrderMiddleware, db_url="", observers=[LongHoldWarning(5)], server_timing=True)
+    telemetry = OpenTelemetryObserver(
+        pool_name=lambda pool: pool.database,
+        tracer_provider=get_tracer_provider(),
+        meter_provider=get_meter_provider(),
+    )
+    assert_type(telemetry, OpenTelemetryObserver)
+    orders.connect("", observers=[telemetry])
+    assert_type(watching.pool_bound(pool=pool), None)
+    assert_type(watching.pool_released(pool=pool), None)
+    assert_type(watching.unit_opened(unit=unit), None)
+    assert_type(watching.wait_began(unit=unit), None)
+    assert_type(watching.wait_ended(unit=unit, seconds=0.1, error=TimeoutError()), None)
+    assert_type(watching.transaction_ended(unit=unit, transaction=transaction), None)
+    assert_type(watching.hooks_ran(unit=unit, count=1, seconds=0.1), None)
+    assert_type(watching.unit_closed(unit=unit), None)
+    create_middleware_and_session_proxy(OrderSession, observers=[watching, Observer()])
+    app.add_middleware(OrderMiddleware, db_url="", observers=(watching,))
+    orders.connect("", observers={watching})
+
+    def prepare(unit: UnitOfWork[OrderSession]) -> None:
+        unit.on_begin(on_connection)
+
+    assert_type(orders.on_open(prepare), None)
+    orders.on_open(callback=lambda unit: unit.info.clear())

@@ -44,7 +44,12 @@ from fastapi_async_sqlalchemy import (
     Hook,
     InDoubtError,
     IsolationLevel,
+    LongHoldWarning,
     MissingSessionError,
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
     PartialCommitError,
     PoolStatus,
     PoolTimeoutError,
@@ -60,6 +65,7 @@ from fastapi_async_sqlalchemy import (
     UnexpectedRollbackError,
     UnitClosedError,
     UnitOfWork,
+    UnitStats,
     UnitTaskGroup,
     WalPosition,
     WrongDatabaseError,
@@ -70,6 +76,7 @@ from fastapi_async_sqlalchemy import (
     pgbouncer_engine_args,
     violated_constraint,
 )
+from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 from fastapi_async_sqlalchemy.recovery import Resolved, main, recover
 from fastapi_async_sqlalchemy.testing import Sandbox, SandboxedApp, SandboxError, sandbox
 
@@ -403,6 +410,7 @@ async def transactional_functions() -> None:
     await doubled(1.5)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
     (await place("Ada")).upper()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     await db.dependency(connection=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await db.ping(timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     db.pool_status(5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
@@ -552,6 +560,7 @@ PoolTimeoutError(database=5, timeout=0.5, pool_status=status, remedy="wait")  # 
 PoolTimeoutError(database="orders", timeout="0.5", pool_status=status, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PoolTimeoutError(database="orders", timeout=0.5, pool_status=5, remedy="wait")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PoolTimeoutError(database="orders", timeout=0.5, pool_status=status, remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+PoolTimeoutError("orders", 0.5, status, "wait", holders=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=5, failed="audit")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(committed=["orders"], failed=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 PartialCommitError(["orders"], "audit").committed.append("x")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
@@ -638,3 +647,41 @@ async def tested(app: ASGIApp, box: Sandbox, sandboxed: SandboxedApp, receive: R
     await sandboxed(scope={}, receive=5, send=send)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await sandboxed(scope={}, receive=receive, send=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     SandboxError(reason=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# Observers.
+
+
+class Mistaken(Observer):
+    def unit_opened(self, unit: int) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+    async def unit_closed(self, unit: ObservedUnit) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+
+def for_audit(unit: UnitOfWork[AuditSession]) -> None:
+    pass
+
+
+create_middleware_and_session_proxy(observers=[Observer])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+Middleware(SQLAlchemyMiddleware, server_timing="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+LongHoldWarning(seconds="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Middleware(SQLAlchemyMiddleware, observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+db.connect(url="", observers=Observer())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+orders.on_open(callback=for_audit)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().pool_bound(pool=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().pool_released(pool=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().unit_opened(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().wait_began(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().wait_ended(unit=5, seconds="1", error=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().transaction_ended(unit=5, transaction=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().hooks_ran(unit=5, count="1", seconds="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+Observer().unit_closed(unit=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+UnitStats(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedPool(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedTransaction(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+ObservedUnit(made_by_the_library=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+OpenTelemetryObserver(pool_name="orders")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+OpenTelemetryObserver(tracer_provider=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+OpenTelemetryObserver(meter_provider=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -11,6 +11,15 @@ from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
 from ._session.models import ModelSession
 from ._tasks.fan_out import UnitTaskGroup
+from ._telemetry.holding import LongHoldWarning
+from ._telemetry.observer import (
+    ObservedPool,
+    ObservedTransaction,
+    ObservedUnit,
+    Observer,
+    TransactionOutcome,
+    UnitStats,
+)
 from ._unit.unit import UnitOfWork
 from ._web.policy import CommitWhen
 from .exceptions import (
@@ -54,8 +63,13 @@ __all__ = [
     "Hook",
     "InDoubtError",
     "IsolationLevel",
+    "LongHoldWarning",
     "MissingSessionError",
     "ModelSession",
+    "ObservedPool",
+    "ObservedTransaction",
+    "ObservedUnit",
+    "Observer",
     "PartialCommitError",
     "PoolStatus",
     "PoolTimeoutError",
@@ -69,9 +83,11 @@ __all__ = [
     "SessionNotInitialisedError",
     "SessionProxy",
     "TransactionBegunError",
+    "TransactionOutcome",
     "UnexpectedRollbackError",
     "UnitClosedError",
     "UnitOfWork",
+    "UnitStats",
     "UnitTaskGroup",
     "WalPosition",
     "WrongDatabaseError",

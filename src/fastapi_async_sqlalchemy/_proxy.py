@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, TypeAlias, cast
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import HTTPConnection  # noqa: TC002  # FastAPI evaluates dependency()'s annotations
 
 from ._arguments.engines import async_engine
 from ._session.checkout import pool_status
 from ._tasks.blocks import Blocks
+from ._tasks.health import ping
 from ._tasks.opening import commit_position, connect, open_after, unit_of_request
 from ._tasks.tables import create_all, drop_all
-from ._unit.database import Database, S_co
-from ._unit.place import current_variable
+from ._telemetry.observer import observers_of
+from ._unit.database import Database, S_co, default_session_class
+from ._unit.holders import holders
+from ._unit.observing import observe, on_open, request_here
+from ._unit.place import NoSignature, current_variable
 from ._unit.unit import UnitOfWork
-from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractAsyncContextManager
     from contextvars import ContextVar
 
     from sqlalchemy.engine import URL
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.sql.schema import MetaData
 
     from ._arguments.checks import Begin, IsolationLevel
@@ -30,20 +34,8 @@ if TYPE_CHECKING:
     from ._cluster.replica import WalPosition
     from ._dialects.begin import TransactionSettings
     from ._pool_status import PoolStatus
+    from ._telemetry.observer import Observer
     from ._unit.place import Place
-
-
-class _NoSignature:
-    """Descriptor that refuses the proxy's signature, so that frameworks cannot inject its arguments."""
-
-    def __get__(self, proxy: object, kind: type) -> NoReturn:
-        if proxy is None:
-            raise AttributeError
-        message = (
-            "Depends(db) would make the arguments of db() a part of the request: "
-            "write Depends(db.dependency), which gives the request's session."
-        )
-        raise ConfigurationError(message)
 
 
 class SessionProxy(Blocks[S_co]):
@@ -54,7 +46,7 @@ class SessionProxy(Blocks[S_co]):
     """
 
     __slots__ = ()
-    __signature__ = _NoSignature()
+    __signature__ = NoSignature()
 
     @property
     def session(self) -> S_co:
@@ -155,6 +147,14 @@ class SessionProxy(Blocks[S_co]):
         """
         return pool_status(self._database.engine.sync_engine.pool)
 
+    async def ping(self, *, timeout: float = 5.0) -> None:  # noqa: ASYNC109  # for each of its two parts
+        """Check a connection out and send a statement, to learn whether the database answers.
+
+        It needs no unit and opens none. After ``timeout`` seconds it raises ``PoolTimeoutError`` if no
+        connection came free, otherwise Python's ``TimeoutError``; other errors are the driver's.
+        """
+        await ping(self._database, timeout)
+
     def connect(
         self,
         url: str | URL | AsyncEngine,
@@ -164,13 +164,15 @@ class SessionProxy(Blocks[S_co]):
         commit_on_exit: bool | None = None,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
+        observers: Iterable[Observer] | None = None,
     ) -> AbstractAsyncContextManager[SessionProxy[S_co], None]:
         """Return ``async with db.connect(url):``, which serves units without an ASGI application.
 
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
         ``commit_on_exit`` is the default of the blocks inside; without it, that of the pair holds.
-        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry.
-        Raises ``ConfigurationError`` immediately, ``EngineAlreadyBoundError`` on entry.
+        ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry. ``observers``
+        are told what units do in the block. Raises ``ConfigurationError`` immediately,
+        ``EngineAlreadyBoundError`` on entry.
         """
         return connect(
             self,
@@ -181,7 +183,16 @@ class SessionProxy(Blocks[S_co]):
             commit_on_exit=commit_on_exit,
             begin=begin,
             pool_warm_up=pool_warm_up,
+            observers=observers_of(observers),
         )
+
+    def on_open(self, callback: Callable[[UnitOfWork[S_co]], object]) -> None:
+        """Call a plain function with each new unit when it makes its session, from now on.
+
+        The function may register hooks, or add to ``unit.info``. An error in it reaches the code that asked
+        for the session, and leaves the unit without one.
+        """
+        on_open(self._database, callback)
 
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.
@@ -199,7 +210,8 @@ class SessionProxy(Blocks[S_co]):
         def __getattr__(self, name: str) -> NoReturn:
             """Raise an error that says where to find an attribute of a session or a unit."""
             message = f"'SessionProxy' object has no attribute {name!r}"
-            for owner, kind in (("unit", UnitOfWork), ("session", AsyncSession)):
+            declared = self._database._declared or default_session_class()
+            for owner, kind in (("unit", UnitOfWork), ("session", declared)):
                 if not name.startswith("_") and hasattr(kind, name):
                     message = f"{message}: write db.{owner}.{name}"
                     break
@@ -219,8 +231,13 @@ def new_database(
     *,
     commit_on_exit: bool = False,
     waits: bool = False,
+    observers: tuple[Observer, ...] = (),
 ) -> tuple[Database[S_co], ContextVar[Place[S_co]], SessionProxy[S_co]]:
     """Create a database, the variable of its current unit, and its proxy."""
     database: Database[S_co] = Database(session_class, settings, commit_on_exit, waits)
     current = current_variable(database)
+    database.shared.request = partial(request_here, current)
+    database.shared.holders = partial(holders, database, current)
+    if observers:
+        observe(database, observers)
     return database, current, SessionProxy(database, current, current.get)

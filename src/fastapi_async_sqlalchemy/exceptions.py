@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+_PAGE: Final = "https://github.com/h0rn3t/fastapi-async-sqlalchemy/blob/main/docs/errors.md"
 _ONE_TASK_AT_A_TIME: Final = (
     "run them by `db.gather(...)`, give each task a unit of its own with `async with db():` inside the task, "
     "or end one before the other"
@@ -43,6 +44,8 @@ _START_AGAIN: Final = (
     "`async with db.unit.savepoint():`"
 )
 
+_NAMED: Final = 10
+"""How many holders of connections a message names."""
 _ANY_USE: Final = "the application's lifespan, `async with db.connect(...)`, `db.unbind()`"
 
 
@@ -51,6 +54,11 @@ class FastAPIAsyncSQLAlchemyError(Exception):
 
     Errors of the database and of SQLAlchemy pass through unchanged.
     """
+
+    def __str__(self) -> str:
+        """Return the message, and where to read more."""
+        name = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__)
+        return f"{super().__str__()}\n(Background on this error at: {_PAGE}#{name.lower()})"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle the message itself: the facts that it was built from are not kept."""
@@ -218,10 +226,18 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
     It is a subclass of SQLAlchemy's ``TimeoutError``, which it replaces, and of Python's.
 
     ``timeout`` is how long the wait was and ``retry_after`` when to try again, both in seconds.
-    ``pool_status`` is the result of ``db.pool_status()`` at that moment.
+    ``pool_status`` is the result of ``db.pool_status()`` at that moment, and ``holders`` describes the units
+    that held a connection, as far as they are known: if units are observed, or from Python 3.12 on.
     """
 
-    def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None:
+    def __init__(
+        self,
+        database: str,
+        timeout: float,
+        pool_status: PoolStatus,
+        remedy: str,
+        holders: Sequence[str] = (),
+    ) -> None:
         limit = "no limit" if pool_status.capacity is None else pool_status.capacity
         super().__init__(
             f"{database} had no free connection within {timeout:g} seconds "
@@ -230,6 +246,15 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
         self.timeout: float = timeout
         self.retry_after: int = max(1, math.ceil(timeout))
         self.pool_status: PoolStatus = pool_status
+        self.holders: tuple[str, ...] = ()
+        self._name_holders(holders)
+
+    def _name_holders(self, holders: Sequence[str]) -> None:
+        """Add the units that hold the connections to the message, some of them if there are many."""
+        self.holders = tuple(holders)
+        if holders:
+            more = f"; and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
+            self.args = (f"{self.args[0]}\nHeld by {'; '.join(holders[:_NAMED])}{more}.",)
 
 
 class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, cast
 
@@ -11,22 +9,23 @@ from attrs import evolve
 from starlette.applications import Starlette
 
 from ._arguments.checks import begin_of, boolean, mapping, optional_waits, paths, waits
-from ._arguments.engines import async_engine, holder, parse
 from ._arguments.keywords import session_arguments, session_class_of
 from ._dialects.begin import PLAIN, TransactionSettings
-from ._dialects.engines import make_engine
 from ._proxy import SessionProxy, new_database
 from ._session.models import models_of
+from ._telemetry.observer import Observer, observers_of
 from ._unit.database import Database, S_co
 from ._unit.place import NoUnit
 from ._unit.settling import abandon, finish_idle
 from ._unit.unit import CLOSED
-from ._unit.warming import require_room, warm_up, warm_up_of
+from ._unit.warming import warm_up_of
 from ._web.admission import admission, unavailable
 from ._web.failure import KeptBodies
+from ._web.lifespan import EngineUse
 from ._web.policy import commit_policy
 from ._web.request import RequestUnit
 from ._web.saturation import saturation_warning
+from ._web.timing import TimedRequestUnit
 from .exceptions import ConfigurationError, PoolTimeoutError, _safe_repr
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ._arguments.checks import Begin
     from ._arguments.keywords import EngineArgs, SessionArgs
@@ -46,14 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SQLAlchemyMiddleware", "add_pool_timeout_handler", "create_middleware_and_session_proxy", "db"]
 
-logger = logging.getLogger("fastapi_async_sqlalchemy")
-
-_END_OF_LIFESPAN: Final = (
-    "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
-)
-_LAST_LIFESPAN_MESSAGES: Final = frozenset(
-    {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
-)
+_BY_MESSAGE: Final = "open `async with db():` for each message"
+_NOT_EXCLUDED: Final = "take it off exclude_paths, or open `async with db():`"
 
 _default_database, _default_current, db = new_database(None, PLAIN)
 
@@ -84,6 +77,8 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: seconds between two such WARNINGs.
         begin: when units begin their transactions; None is as the pair.
         pool_warm_up: how many connections are open when the application has started.
+        observers: are told what units do, until the lifespan ends.
+        server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
         concurrent_use: "wait" lets a task wait for its turn of a session, as long as for a connection, where
             "refuse" raises ``ConcurrentUseError``; the default is that of the pair.
 
@@ -112,75 +107,39 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: float = 60.0,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
+        observers: Iterable[Observer] | None = None,
+        server_timing: bool = False,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
         if not callable(app):
             message = f"app must be an ASGI application, not {_safe_repr(app)}."
             raise ConfigurationError(message)
         self.app = app
-        self._policy = commit_policy(self._commits(commit_on_exit), commit_when)
+        commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
+        self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None
         self._excluded = paths("exclude_paths", exclude_paths)
         database = self._database
         self._config = database.configs[self._policy.commit_on_exit]
         self._admission = admission(max_concurrent_requests, request_queue_timeout)
-        self._warning = saturation_warning(pool_warn_threshold, pool_warn_interval)
-        self._session_args = session_arguments(session_args)
-        self._waits, self._warm_up = optional_waits(concurrent_use), warm_up_of(pool_warm_up)
-        self._begins: Begin | None = begin_of(begin)
-        self._owned = db_url is not None
-        self._engine = self._own_or_given(db_url, custom_engine, mapping("engine_args", engine_args))
-        self._begin()
-        self._in_websocket = NoUnit(
-            None, database=database, where="in a WebSocket", remedy="open `async with db():` for each message"
-        )
-        self._on_excluded_path = NoUnit(
-            None,
+        timed, observing = boolean("server_timing", server_timing), observers_of(observers)
+        self._unit: type[RequestUnit] = TimedRequestUnit if timed else RequestUnit
+        self._use = EngineUse(
             database=database,
-            where="on an excluded path",
-            remedy="take it off exclude_paths, or open `async with db():`",
+            source=(db_url, custom_engine, mapping("engine_args", engine_args)),
+            session_args=session_arguments(session_args),
+            begins=begin_of(begin),
+            warm_up=warm_up_of(pool_warm_up),
+            waits=optional_waits(concurrent_use),
+            watcher=saturation_warning(pool_warn_threshold, pool_warn_interval),
+            observers=(*observing, Observer()) if timed else observing,  # by which the times are measured
         )
-
-    def _commits(self, given: bool | None) -> bool:  # noqa: FBT001  # three values
-        return self._database.commit_on_exit if given is None else given
-
-    def _own_or_given(
-        self, db_url: str | URL | None, custom_engine: AsyncEngine | None, engine_args: Mapping[str, object]
-    ) -> AsyncEngine | None:
-        self._holder = holder("the middleware of an application", _END_OF_LIFESPAN)
-        if db_url is None and engine_args:
-            other = "another engine" if custom_engine is None else "custom_engine"
-            message = f"engine_args go with db_url: {other} has its own already."
-            raise ConfigurationError(message)
-        if custom_engine is not None:
-            if db_url is not None:
-                message = "db_url and custom_engine exclude each other: give one of them."
-                raise ConfigurationError(message)
-            return async_engine("custom_engine", custom_engine)
-        if db_url is None:
-            if self._session_args:
-                message = "session_args go with an engine: give them to db.bind() or db.connect()."
-                raise ConfigurationError(message)
-            if self._begins is not None:
-                message = "begin goes with an engine: give it to db.connect(), or to the pair."
-                raise ConfigurationError(message)
-            return None
-        source, application = (parse("db_url", db_url), dict(engine_args)), _innermost(self.app)
-        self._holder = evolve(self._holder, source=source, application=application)
-        first = self._database.holder
-        if first is not None and first.application is application and first.source == source:
-            return self._database.engine  # the application has rebuilt its middleware stack
-        return make_engine("db_url", db_url, engine_args)
-
-    def _begin(self) -> None:
-        """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
-        if self._engine is None:
-            self._database.watch_pool(self._warning)
-        else:
-            require_room(self._engine, self._warm_up)
-            self._database.take(self._engine, self._session_args, self._holder, self._warning, self._begins)
-        if self._waits is not None:
-            self._database.shared.waits = self._waits
+        self._use.bring(app)
+        self._use.begin()
+        self._in_websocket = NoUnit(None, database=database, where="in a WebSocket", remedy=_BY_MESSAGE)
+        self._on_excluded_path = NoUnit(
+            None, database=database, where="on an excluded path", remedy=_NOT_EXCLUDED
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -191,7 +150,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             await self._admission.serve(self, scope, receive, send)
             return
         outer = self._current.get()
-        unit = RequestUnit(outer, self._config, scope, self._policy, receive, send, self._bodies)
+        unit = self._unit(outer, self._config, scope, self._policy, receive, send, self._bodies)
         unit._outer_exception = sys.exception()
         unit._app = scope.get("app")  # read before a mounted application replaces it
         self._current.set(unit)
@@ -224,69 +183,13 @@ class SQLAlchemyMiddleware(Generic[S_co]):
     async def _without_unit(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "lifespan":
-            await self._lifespan(scope, receive, send)
+            await self._use.serve(self.app, scope, receive, send)
             return
         token = self._current.set(self._in_websocket if kind == "websocket" else self._on_excluded_path)
         try:
             await self.app(scope, receive, send)
         finally:
             self._current.reset(token)
-
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the lifespan, and dispose an owned engine before the server stops the event loop."""
-        answered = ended = False
-
-        async def end() -> None:
-            nonlocal ended
-            if not ended:
-                ended = True
-                await self._end()
-
-        async def forward(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            if message["type"] == "lifespan.startup.complete":
-                await self._start()
-            if message["type"] in _LAST_LIFESPAN_MESSAGES:
-                await end()
-            await send(message)
-
-        self._begin()
-        try:
-            await self.app(scope, receive, forward)
-        finally:
-            await end()
-            if not answered:  # an application without a lifespan may still be served
-                self._database.watch_pool(self._warning)
-
-    async def _start(self) -> None:
-        """Require an engine, and open the connections that were requested."""
-        if not self._database.connected:
-            error = (
-                f"{self._database.name} has no engine though the application has started: give the "
-                "middleware db_url or custom_engine, or connect an engine in the lifespan, by "
-                "`async with db.connect(url):` or `db.bind(engine)`."
-            )
-            raise ConfigurationError(error)
-        await warm_up(self._database.engine, self._warm_up)
-
-    async def _end(self) -> None:
-        """Release the engine; an error while disposing it is logged and not raised."""
-        self._database.watch_pool(None)
-        if self._engine is not None:
-            try:
-                await self._database.release(self._engine, owned=self._owned)
-            except Exception:
-                logger.exception("The engine of %s could not be disposed.", self._database.name)
-
-
-def _innermost(app: object) -> object:
-    """Return the application below all middlewares: a router, the same at each rebuild of the stack."""
-    while True:
-        inner: object = getattr(app, "app", None)
-        if inner is None or inspect.ismethod(inner):  # a router's `app` is a method
-            return app
-        app = inner
 
 
 def add_pool_timeout_handler(app: Starlette) -> None:
@@ -312,6 +215,7 @@ def create_middleware_and_session_proxy(
     commit_on_exit: bool = False,
     begin: Begin | None = None,
     concurrent_use: Literal["refuse", "wait"] = "refuse",
+    observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[S_co]], SessionProxy[S_co]]:
     """Create the pair for one database: a middleware class and its ``db`` proxy.
 
@@ -320,7 +224,8 @@ def create_middleware_and_session_proxy(
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
     suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware. ``begin``
     is the default of all units: ``on_first_use`` or ``on_first_write``. With ``concurrent_use="wait"`` a
-    task waits for its turn of a session, in place of ``ConcurrentUseError``.
+    task waits for its turn of a session, in place of ``ConcurrentUseError``. ``observers`` are told what
+    units do.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -333,9 +238,9 @@ def create_middleware_and_session_proxy(
         settings = TransactionSettings(read_only=True)
     if begin_of(begin) == "on_first_write":
         settings = evolve(settings, begin=begin)
-    commits = boolean("commit_on_exit", commit_on_exit)
+    commits, wait = boolean("commit_on_exit", commit_on_exit), waits(concurrent_use)
     database, current, proxy = new_database(
-        session_class, settings, commit_on_exit=commits, waits=waits(concurrent_use)
+        session_class, settings, commit_on_exit=commits, waits=wait, observers=observers_of(observers)
     )
     members = {"_database": database, "_current": current, "__doc__": SQLAlchemyMiddleware.__doc__}
     return type("SQLAlchemyMiddleware", (SQLAlchemyMiddleware,), members), proxy

@@ -21,6 +21,7 @@ from ._arguments.checks import boolean, positive
 from ._arguments.engines import async_engine, create_engine, place_of
 from ._cluster.branch import Branch, address_of, group_of
 from ._cluster.prepared import finish_prepared, prepared
+from ._telemetry.logs import fields
 from .exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ async def _resolve(
     found = {branch: engine for branch, engine in found.items() if branch.transaction not in young}
     ours = sorted(branch for branch in found if branch.group == group)  # the witnesses last
     for branch in found.keys() - ours:
-        logger.warning(_LEFT_ALONE, branch, place_of(found[branch].url), branch.group)
+        place = place_of(found[branch].url)
+        logger.warning(_LEFT_ALONE, branch, place, branch.group, extra=fields(str(place)))
     complete = {branch.transaction for branch in ours if branch.witness}
     resolved: list[Resolved] = []
     for branch in ours:

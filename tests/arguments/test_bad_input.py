@@ -165,6 +165,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ),
     ("SQLAlchemyMiddleware", "begin"): Argument(with_url("begin"), OPTIONAL),
     ("SQLAlchemyMiddleware", "pool_warm_up"): Argument(with_url("pool_warm_up"), COUNT),
+    ("SQLAlchemyMiddleware", "observers"): Argument(with_url("observers"), OPTIONAL),
+    ("SQLAlchemyMiddleware", "server_timing"): Argument(with_url("server_timing"), FLAG),
     ("create_middleware_and_session_proxy", "session_class"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(value), OPTIONAL
     ),
@@ -180,6 +182,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ),
     ("create_middleware_and_session_proxy", "begin"): Argument(
         lambda pair, value: create_middleware_and_session_proxy(begin=value), OPTIONAL
+    ),
+    ("create_middleware_and_session_proxy", "observers"): Argument(
+        lambda pair, value: create_middleware_and_session_proxy(observers=value), OPTIONAL
     ),
     ("atomic", "databases"): Argument(lambda pair, value: atomic(pair[1], value), NOTHING),
     ("violated_constraint", "error"): Argument(
@@ -250,6 +255,9 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ),
     ("SessionProxy.connect", "begin"): Argument(of_db("connect", "begin", GOOD), OPTIONAL),
     ("SessionProxy.connect", "pool_warm_up"): Argument(of_db("connect", "pool_warm_up", GOOD), COUNT),
+    ("SessionProxy.connect", "observers"): Argument(of_db("connect", "observers", GOOD), OPTIONAL),
+    ("SessionProxy.ping", "timeout"): Argument(of_db("ping", "timeout"), SECONDS - OPTIONAL),
+    ("SessionProxy.on_open", "callback"): Argument(of_db("on_open", "callback"), FUNCTION),
     ("SessionProxy.bind", "engine"): Argument(of_db("bind", "engine"), NOTHING),
     ("SessionProxy.bind", "session_args"): Argument(
         lambda pair, value: pair[1].bind(pair[1].engine, session_args=value), OPTIONAL
@@ -342,11 +350,11 @@ async def test_wrong_values_are_refused(place: tuple[str, str]) -> None:
     for name in sorted(ANYTHING - argument.takes):
         error = await refused(argument.call, VALUES[name])
         assert isinstance(error, ConfigurationError | TypeError), name
-        message = str(error)
+        message, _, link = str(error).partition("\n")
         assert place[1].removesuffix("s") in message
         assert REMEDY.search(message) or re.match(COROUTINE_FUNCTIONS, message)
         assert message.endswith(".")
-        assert "\n" not in message
+        assert link.startswith("(Background on") or isinstance(error, TypeError)
 
 
 TOGETHER: dict[str, tuple[Callable[[Any, Any], object], str]] = {

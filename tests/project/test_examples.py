@@ -11,14 +11,16 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import pytest
 from httpx2 import AsyncClient, HTTPError
 from sqlalchemy import AsyncAdaptedQueuePool
 
 from examples.quickstart import create_app
 from fastapi_async_sqlalchemy import db
+from fastapi_async_sqlalchemy.testing import SandboxedApp
 from tests.support.commands import Curl
 from tests.support.databases import Judge, JudgeFor
-from tests.support.serving import serve
+from tests.support.serving import asgi_client, serve
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ("alice", "bob", "carol")
@@ -103,6 +105,22 @@ async def test_refused_transfers_leave_nothing(postgresql_url: str, judge_for: J
         assert await judge.rows("SELECT name, balance FROM account ORDER BY name") == UNTOUCHED
         assert await judge.scalar("SELECT count(*) FROM transfer") == 0
         assert await transfer(client, "alice", "bob", 30) is not None
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
+async def test_sandboxed_bank_is_the_deployed_one(postgresql_url: str, judge_for: JudgeFor) -> None:
+    """In a sandbox COMMIT is refused as above, a transfer moves the money, and not even a table stays."""
+    sandboxed = SandboxedApp(create_app(postgresql_url), db)
+    async with asgi_client(sandboxed) as client:
+        assert await transfer(client, "alice", "zoe", 30) is None
+        assert await transfer(client, "carol", "bob", 999) is None
+        assert await transfer(client, "alice", "bob", 30) is not None
+        sandboxed.box.fail_commit()
+        assert await transfer(client, "alice", "bob", 30) is None
+        accounts = (await client.get("/accounts")).json()
+        assert {one["name"]: one["balance"] for one in accounts} == {"alice": 70, "bob": 130, "carol": 100}
+    judge = await judge_for(postgresql_url)
+    assert await judge.rows("SELECT * FROM pg_tables WHERE schemaname = 'public'") == []
 
 
 async def test_acknowledged_transfers_survive_a_restart(postgresql_url: str, judge_for: JudgeFor) -> None:

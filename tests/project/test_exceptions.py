@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import tomllib
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +30,10 @@ from fastapi_async_sqlalchemy import (
     WrongDatabaseError,
     exceptions,
 )
+from tests.support.pages import ROOT
+
+PAGE = "https://github.com/h0rn3t/fastapi-async-sqlalchemy/blob/main/docs/errors.md"
+URLS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
 
 
 @frozen
@@ -137,12 +143,35 @@ def test_error_is_caught_by_base_and_by_builtin(case: Case) -> None:
 
 @each_case
 def test_message_tells_facts_and_remedy(case: Case) -> None:
-    """The message is one sentence, holds the facts, and ends with what to do."""
-    message = str(case.error)
+    """The message is one sentence, holds the facts, and ends with what to do; a second line has the link."""
+    message, _, link = str(case.error).partition("\n")
     for fact in (*case.facts, case.remedy):
         assert fact in message
     assert message.endswith(".")
-    assert "\n" not in message
+    assert link == f"(Background on this error at: {PAGE}#{type(case.error).__name__.lower()})"
+
+
+def test_every_error_has_its_place_on_the_page() -> None:
+    """The page that messages link to has an anchor for each class, with its causes, and for nothing else."""
+    page = (ROOT / "docs/errors.md").read_text("utf-8")
+    parts = re.split(r"^## `(\w+)`$", page, flags=re.MULTILINE)[1:]
+    assert parts[::2] == [name for name in exceptions.__all__ if name != "FastAPIAsyncSQLAlchemyError"]
+    for text in parts[1::2]:
+        assert re.search(r"^1\. ", text, re.MULTILINE)
+        assert re.search(r"^   \S", text, re.MULTILINE), "each cause has its remedy"
+    assert PAGE.startswith(URLS["Source"])
+    assert PAGE.endswith("/docs/errors.md")
+
+
+class RefusedError(PoolTimeoutError):
+    """A user's own subclass."""
+
+
+def test_subclass_links_to_its_base() -> None:
+    """An error of a user's own class is explained where the class is that it comes from."""
+    error = RefusedError("Primary", 1, SATURATED, "wait")
+    assert str(error).endswith("#pooltimeouterror)")
+    assert "(Background" not in error.args[0]
 
 
 def through_pickle(error: BaseException) -> BaseException:

@@ -13,7 +13,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import fastapi_async_sqlalchemy
-from fastapi_async_sqlalchemy import EngineArgs, SessionArgs, exceptions, middleware, recovery, testing
+from fastapi_async_sqlalchemy import (
+    EngineArgs,
+    SessionArgs,
+    exceptions,
+    middleware,
+    opentelemetry,
+    recovery,
+    testing,
+)
 from tests.support.declarations import classes, declared, drift, spelled
 
 FOLDER = Path(fastapi_async_sqlalchemy.__file__).parent
@@ -30,11 +38,13 @@ SOURCES = {
 }
 INFERRED = {
     "db",
+    *(f"Observed{kind}.__init__" for kind in ("Pool", "Transaction", "Unit")),
     "PoolStatus.__init__",
     "Sandbox.__init__",
     "Resolved.__init__",
     "SessionProxy.__init__",
     "UnitOfWork.__init__",
+    "UnitStats.__init__",
     "UnitTaskGroup.__init__",
     "atomic",
     "recover",
@@ -130,6 +140,7 @@ def test_every_public_module_has_a_stub_with_its_names() -> None:
         "__init__": fastapi_async_sqlalchemy,
         "exceptions": exceptions,
         "middleware": middleware,
+        "opentelemetry": opentelemetry,
         "recovery": recovery,
         "testing": testing,
     }
@@ -219,6 +230,7 @@ def test_every_public_name_is_asserted() -> None:
     members = {name for node in holders for name in declared(node.body) if not name.startswith("_")}
     assert {
         *fastapi_async_sqlalchemy.__all__,
+        *opentelemetry.__all__,
         *recovery.__all__,
         *testing.__all__,
         *members,

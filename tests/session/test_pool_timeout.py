@@ -44,12 +44,12 @@ TIMED_OUT = r"^AsyncSession \(.+\) had no free connection within 0\.2 seconds \(
 LONELY = TIMED_OUT + "hold connections for a shorter time, or give engine_args a larger pool_size"
 NESTED = (
     TIMED_OUT + r"this unit stands inside one that holds a connection itself, so end that one's transaction "
-    r"first, or, in the same task, join it by propagation='required' or 'nested'\.$"
+    r"first, or, in the same task, join it by propagation='required' or 'nested'\.\n"
 )
 
 UNREACHABLE = (
     r"^AsyncSession \(.+\) had no free connection within 0\.2 seconds \(0 of (5|no limit) are checked out\): "
-    r"the pool has room, so look why the database does not let a new connection in\.$"
+    r"the pool has room, so look why the database does not let a new connection in\.\n"
 )
 
 Unit = UnitOfWork[AsyncSession]

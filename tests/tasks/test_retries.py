@@ -341,7 +341,7 @@ def transactional() -> Callable[..., Any]:
 @pytest.mark.parametrize("value", [-1, True, False, "3", 1.5, None], ids=repr)
 def test_wrong_retries(transactional: Callable[..., Any], value: object) -> None:
     """`retries` is a whole number from 0 on; anything else is refused where the function is decorated."""
-    with pytest.raises(ConfigurationError, match=rf"^retries must be .* not {re.escape(repr(value))}\.$"):
+    with pytest.raises(ConfigurationError, match=rf"^retries must be .* not {re.escape(repr(value))}\.\n"):
         transactional(retries=value)
 
 

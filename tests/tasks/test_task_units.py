@@ -37,7 +37,7 @@ Db = SessionProxy[AsyncSession]
 Unit = UnitOfWork[AsyncSession]
 NO_PLACE = (
     r"had no free connection within 0\.2 seconds \(1 of 15 are checked out\): max_concurrent units of this "
-    r"block have one, this task's own perhaps among them, so raise it, or end their transactions sooner\.$"
+    r"block have one, this task's own perhaps among them, so raise it, or end their transactions sooner\.\n"
 )
 EAGER = getattr(asyncio, "eager_task_factory", None)
 """What lets a task begin where it is made, and end there if it waits for nothing."""

@@ -138,6 +138,22 @@ async def test_two_pairs_on_one_database_see_each_other(database_url: str, judge
         assert await worker.notes() == []
 
 
+async def test_replica_reads_what_its_primary_has_committed(
+    postgresql_driver_url: str, judge_for: JudgeFor
+) -> None:
+    """A replica's proxy at the primary's URL waits for a position, and reads the writes before it."""
+    _, replica = create_middleware_and_session_proxy(AsyncSession, read_only=True)
+    async with (
+        open_worker(postgresql_driver_url, judge_for) as primary,
+        sandbox(primary.db, replica),
+        replica.connect(postgresql_driver_url),
+    ):
+        await write(primary.db, "by the primary")
+        position = await primary.db.commit_position()
+        async with replica(wait_for=position) as unit:
+            assert list(await unit.session.scalars(select(Note.text))) == ["by the primary"]
+
+
 async def test_engine_is_its_own_again(database_url: str, judge_for: JudgeFor) -> None:
     """After the sandbox the engine commits for good, and settings of units end with them."""
     async with open_worker(database_url, judge_for) as worker:

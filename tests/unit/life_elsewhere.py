@@ -62,9 +62,11 @@ class LifeElsewhere(Life):
             task = await self.join(halves, resume)
             if then == "leave":  # this waits for the block
                 asyncio.get_running_loop().call_soon(resume.set)
-            await self.in_the_middle(then, by)
-            resume.set()
-            await asyncio.wait([task])
+            try:
+                await self.in_the_middle(then, by)
+            finally:
+                resume.set()
+                await asyncio.wait([task])
             return task.exception()
 
         error = self.run(act())

@@ -86,6 +86,7 @@ def other_url(request: pytest.FixtureRequest, server: str) -> str:
 def test_unit_does_as_the_model(
     server: str,
     examples: int,
+    *,
     other_url: str,
     request: pytest.FixtureRequest,
     caplog: pytest.LogCaptureFixture,

@@ -389,7 +389,7 @@ async def test_rule_that_says_neither(make_site: MakeSite, database_url: str, de
         return "written"
 
     with pytest.raises(
-        ConfigurationError, match=rf"^what commit_when returns must be True or False, not {decision!r}\.$"
+        ConfigurationError, match=rf"^what commit_when returns must be True or False, not {decision!r}\.\n"
     ):
         await site.get()
     response = await site.get(raise_app_exceptions=False)

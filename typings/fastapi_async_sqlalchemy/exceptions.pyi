@@ -65,7 +65,15 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
     timeout: float
     retry_after: int
     pool_status: PoolStatus
-    def __init__(self, database: str, timeout: float, pool_status: PoolStatus, remedy: str) -> None: ...
+    holders: tuple[str, ...]
+    def __init__(
+        self,
+        database: str,
+        timeout: float,
+        pool_status: PoolStatus,
+        remedy: str,
+        holders: Sequence[str] = (),
+    ) -> None: ...
 
 class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):
     position: str

@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypeVar
 
-from . import Begin, CommitWhen, EngineArgs, SessionArgs, SessionProxy
+from . import Begin, CommitWhen, EngineArgs, Observer, SessionArgs, SessionProxy
 
 _S_co = TypeVar("_S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -32,6 +32,8 @@ class SQLAlchemyMiddleware(Generic[_S_co]):
         pool_warn_interval: float = 60.0,
         begin: Begin | None = None,
         pool_warm_up: int | None = None,
+        observers: Iterable[Observer] | None = None,
+        server_timing: bool = False,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None: ...
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
@@ -44,6 +46,7 @@ def create_middleware_and_session_proxy(
     commit_on_exit: bool = False,
     begin: Begin | None = None,
     concurrent_use: Literal["refuse", "wait"] = "refuse",
+    observers: Iterable[Observer] | None = None,
 ) -> tuple[type[SQLAlchemyMiddleware[_S_co]], SessionProxy[_S_co]]: ...
 
 db: SessionProxy[AsyncSession]

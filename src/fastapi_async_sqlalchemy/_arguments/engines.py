@@ -55,7 +55,12 @@ class Holder:
 
 def holder(name: str, remedy: str) -> Holder:
     """Return the holder for a use of an engine that begins now."""
-    return Holder(name, remedy, where=_user_line() if _debugging() else None)
+    return Holder(name, remedy, where=line_in_debug_mode())
+
+
+def line_in_debug_mode() -> str | None:
+    """Return the line of the user's code that has led here, in asyncio's debug mode."""
+    return _user_line() if _debugging() else None
 
 
 def _debugging() -> bool:

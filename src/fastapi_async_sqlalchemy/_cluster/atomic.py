@@ -27,6 +27,7 @@ from .._session.hooks import Hooks, RegisteredHook
 from .._session.state import StatefulSession, has_written
 from .._session.turns import cleaning, exclusive
 from .._session.watched import invalidate
+from .._telemetry.logs import fields
 from .._unit.database import UnitConfig
 from .._unit.place import Handle
 from .._unit.scope import OneUse, UnitScope
@@ -145,7 +146,8 @@ class AtomicScope(OneUse):
         for unit in self.units:
             await unit._own_hooks().settled(committed=True)
         for other in failures[1:]:
-            logger.error("Another listener failed after the COMMIT of atomic().", exc_info=other)
+            extra = fields(", ".join(unit._database.name for unit in used), outcome="committed")
+            logger.error("Another listener failed after the COMMIT of atomic().", exc_info=other, extra=extra)
         if failures:
             raise failures[0]
 
@@ -195,7 +197,7 @@ class AtomicScope(OneUse):
 async def _commit_prepared(unit: UnitOfWork[Any]) -> list[BaseException]:
     """Commit, leaving the hooks for later; return the error of a listener that failed after the COMMIT."""
     state, committed = _state(unit), list[object]()
-    probe = Hooks(unit._database.name)
+    probe = Hooks(unit._database.shared, 0)
     probe.after.append(RegisteredHook(run=partial(committed.append, unit), on_commit=True))
     hooks, state.hooks = state.hooks, probe  # they run after all have committed
     try:
@@ -276,7 +278,8 @@ async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
             await unit.session.rollback()
         except Exception:
             name = unit._database.name
-            logger.warning("ROLLBACK of what is prepared on %s failed.", name, exc_info=True)
+            extra = unit._fields()
+            logger.warning("ROLLBACK of what is prepared on %s failed.", name, exc_info=True, extra=extra)
             left.append(name)
     return left
 

@@ -134,7 +134,8 @@ class ReplicaScope(Generic[S_co]):
             await self.replica.__aexit__(type(error), error, error.__traceback__)
             if self.primary is None or not isinstance(error, Exception):
                 raise
-            logger.warning("%s is not read from, its primary is instead: %s", unit._database.name, error)
+            name, extra = unit._database.name, unit._fields()
+            logger.warning("%s is not read from, its primary is instead: %s", name, error, extra=extra)
             self.entered = self.primary
             return await self.primary.__aenter__()
         return unit

@@ -288,6 +288,10 @@ class Checkout:
             status = pool_status(engine.pool)
             raise PoolTimeoutError(self.database, timeout, status, remedy(status)) from error
 
+    def after_transaction(self, session: Session, *, committed: bool, unknown: bool) -> None:  # noqa: ARG002  # for observed units
+        """Give the place back after a transaction."""
+        self.after_operation(session)
+
     def after_operation(self, session: Session) -> None:
         """Give the place back once no transaction is open."""
         if self.placed and self.limits.places is not None and not session.in_transaction():

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextvars import ContextVar
+from time import perf_counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from anyio import CancelScope
@@ -19,6 +19,9 @@ from ..exceptions import TransactionBegunError, UnexpectedRollbackError, _safe_r
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
+    from .._telemetry.meter import UnitMeter
+    from .state import Shared
+
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 Hook: TypeAlias = Callable[[], Awaitable[object] | object]
@@ -29,6 +32,8 @@ BeginHook: TypeAlias = Callable[[Connection], object]
 ROLLBACK_ONLY: Final = "set_rollback_only() was called"
 JOINED: Final = "a block that had joined it failed"
 _HOOK_FAILED: Final = "a before_commit hook failed"
+_HOOK_RAISED: Final = "A hook of %s failed after its outcome: %r"
+_HOOK_CANCELLED: Final = "A hook of %s awaited what was cancelled: %r"
 
 
 @define(eq=False, repr=False, kw_only=True)
@@ -59,7 +64,11 @@ class RollbackMark(Registered):
 class Hooks:
     """The hooks of one unit; created when the first one is registered."""
 
-    database: str
+    shared: Shared
+    unit: int
+    """The unit's number in log records."""
+    meter: UnitMeter | None = None
+    """The meter of an observed unit."""
     after: list[RegisteredHook] = Factory(list[RegisteredHook])
     before: deque[RegisteredHook] = Factory(deque[RegisteredHook])
     begin: list[BeginHook] = Factory(list[BeginHook])
@@ -88,9 +97,9 @@ class Hooks:
         """Raise ``UnexpectedRollbackError`` if the transaction can only be rolled back."""
         if self.atomic:
             remedy = "atomic() commits it with those of the other databases when its block ends"
-            raise TransactionBegunError(self.database, remedy)
+            raise TransactionBegunError(self.shared.name, remedy)
         if self.mark is not None:
-            raise UnexpectedRollbackError(self.database, self.mark.reason) from self.mark.cause
+            raise UnexpectedRollbackError(self.shared.name, self.mark.reason) from self.mark.cause
 
     def begun(self, connection: Connection) -> None:
         """Run the hooks before a transaction's first statement; discard the connection if one fails."""
@@ -126,30 +135,40 @@ class Hooks:
         """
         self.decide(committed=committed)
         hooks, self.due = self.due, []
-        await self._run(iter(hooks))
+        if self.meter is None or not hooks:
+            await self._run(iter(hooks))
+            return
+        began = perf_counter()
+        try:
+            await self._run(iter(hooks))
+        finally:
+            self.meter.hooks_ran(len(hooks), perf_counter() - began)
 
     async def _call(self, hook: RegisteredHook) -> None:
         """Run a hook; tasks that it starts know it by their context."""
         call = RunningHook(self)
-        token = _running.set((*_running.get(), call))
+        token = self.shared.running.set((*self.shared.running.get(), call))
         try:
             result = hook.run()
             if inspect.isawaitable(result):
                 await result
         finally:
             call.hooks = None
-            _running.reset(token)
+            self.shared.running.reset(token)
 
     async def _run(self, hooks: Iterator[RegisteredHook]) -> None:
         for hook in hooks:
             try:
                 await self._call(hook)
             except Exception:
-                logger.exception("A hook of %s failed after its outcome: %r", self.database, hook.run)
+                logger.exception(
+                    _HOOK_RAISED, self.shared.name, hook.run, extra=self.shared.fields(self.unit)
+                )
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or not task.cancelling():
-                    logger.exception("A hook of %s awaited what was cancelled: %r", self.database, hook.run)
+                    extra = self.shared.fields(self.unit)
+                    logger.exception(_HOOK_CANCELLED, self.shared.name, hook.run, extra=extra)
                     continue
                 with CancelScope(shield=True):  # AnyIO's own scopes would cancel again at every await
                     await self._run(hooks)
@@ -184,14 +203,9 @@ class RunningHook:
     """None once it has ended."""
 
 
-_running: Final[ContextVar[tuple[RunningHook, ...]]] = ContextVar(
-    "fastapi_async_sqlalchemy.running_hooks", default=()
-)
-
-
 def in_hook_of(hooks: Hooks | None) -> bool:
     """Whether the current task was started by one of these hooks, which may be waiting for it."""
-    return hooks is not None and any(call.hooks is hooks for call in _running.get())
+    return hooks is not None and any(call.hooks is hooks for call in hooks.shared.running.get())
 
 
 def _begin_by(hook: BeginHook, connection: Connection) -> None:

@@ -34,6 +34,10 @@ class Ledger:
     """The number of statements other than reads."""
     failure: BaseException | None = None
     """A statement's error that no savepoint has undone."""
+    written_on: tuple[Connection, ...] = ()
+    """The connections of those statements."""
+    committed_on: tuple[Connection, ...] = ()
+    """Those of them that were committed before COMMIT failed on another one."""
     failed_on: tuple[Connection, ...] = ()
     """The connections of such errors: a session may use several engines."""
     begun: bool = False
@@ -48,7 +52,7 @@ class Ledger:
     )
     """The values of attributes before the transaction changed them, by object."""
 
-    def note_statement(self, statement: str, verb: str) -> None:
+    def note_statement(self, statement: str, verb: str, connection: Connection) -> None:
         """Record a statement that is about to be sent and may leave something to commit."""
         if verb == "SAVEPOINT":
             name = statement.rsplit(maxsplit=1)[-1]
@@ -62,6 +66,8 @@ class Ledger:
                 self.written, self.failure = entry.written, entry.failure
         elif verb != "WITH" or has_writing_part(statement):
             self.written += 1
+            if connection not in self.written_on:
+                self.written_on += (connection,)
 
     def _end_savepoint(self, statement: str) -> SavepointEntry | None:
         """Remove the last savepoint with the name at a statement's end, and those inside it."""

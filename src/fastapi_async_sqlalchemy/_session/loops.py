@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import Pool
 
+_IMPORTED_BY: Final = os.getpid()
+"""The process that has imported this module; its children have another number."""
 _REFUSED: Final = "another running event loop uses the engine"
 _OWN_LOOP: Final = (
     "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
@@ -33,15 +35,19 @@ class Loops:
 
     current: asyncio.AbstractEventLoop | None = None
     engines: WeakSet[Engine] = Factory(WeakSet["Engine"])
-    _inherited: list[Pool] = Factory(list["Pool"])
-    """A parent process's pools; kept, because some drivers close connections when collected."""
+    _since: float = Factory(time.time)
+    """When this process was forked, or else this object created, by the clock of SQLAlchemy's pools."""
+    _inherited: list[Pool | DBAPIConnection] = Factory(list["Pool | DBAPIConnection"])
+    """A parent process's, kept because some drivers close connections when collected."""
+
+    def __attrs_post_init__(self) -> None:
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
 
     def follow(self, engine: Engine) -> None:
         """Watch an engine for a change of event loop, a fork of its process, and connections that died."""
-        if not self.engines and hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=partial(_forget_in_child, ref(self)))
-        if _process.forked is not None:  # the parent may have used it before anybody watched it
-            _process.inherited += leave_to_parent(engine, _process.forked)
+        if os.getpid() != _IMPORTED_BY:  # the parent may have used it before anybody watched it
+            self._inherited += leave_to_parent(engine, self._since)
         self.engines.add(engine)
         serve_any_loop(engine)
         replace_dead(engine)
@@ -62,27 +68,8 @@ class Loops:
 
     def forget_in_child(self) -> None:
         """Leave the connections to the parent process."""
-        self.current = None
+        self.current, self._since = None, time.time()
         self._inherited += [forget_connections(engine) for engine in self.engines]
-
-
-@define(eq=False)
-class _Process:
-    """What this process knows of its parent."""
-
-    forked: float | None = None
-    """When it was forked, by the clock of SQLAlchemy's pools; None for a process that was not."""
-    inherited: list[DBAPIConnection] = Factory(list["DBAPIConnection"])
-    """Connections of the parent, kept as above."""
-
-    def note_fork(self) -> None:
-        """Record that this process is a child."""
-        self.forked = time.time()
-
-
-_process: Final = _Process()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_process.note_fork)
 
 
 def _forget_in_child(loops: ref[Loops]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -13,7 +14,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
-from ..exceptions import UnexpectedRollbackError
+from .._arguments.engines import place_of
+from ..exceptions import PartialCommitError, UnexpectedRollbackError
 from .ledger import BLANK
 from .restoring import note_flushed, note_unflushed
 from .state import task_name
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .state import SessionState, StatefulSession
 
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 BROKEN: Final = "it was rolled back in the middle of a block that had joined it"
 OWN_UNIT: Final = (
@@ -51,7 +55,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
     if state.hooks is not None:
         if lifts_marks:
             state.hooks.marks.clear()
-        if session.in_transaction() and not state.ledger.unknown:
+        if session.in_transaction() and not (state.ledger.unknown or state.ledger.committed_on):
             state.hooks.decide(committed=False)
 
 
@@ -157,6 +161,33 @@ def _after_commit(session: StatefulSession) -> None:
         state.hooks.decide(committed=True)
 
 
+def note_committed(session: StatefulSession) -> None:
+    """Record what was committed before COMMIT failed on a later connection of the same session."""
+    ledger, transaction = session._fastapi_async_sqlalchemy.ledger, session.get_transaction()
+    if transaction is not None and len(ledger.written_on) > 1:
+        ends = {connection: end for connection, end, *_ in transaction._connections.values()}
+        ledger.committed_on = tuple(
+            one for one in ledger.written_on if one in ends and not ends[one].is_active
+        )
+
+
+def refuse_half(session: StatefulSession, error: BaseException) -> None:
+    """Raise ``PartialCommitError`` if only some of a session's connections were committed."""
+    state = session._fastapi_async_sqlalchemy
+    done = state.ledger.committed_on
+    if done:
+        state.committed_writes = True
+        sides = (
+            [str(place_of(one.engine.url)) for one in done],
+            [str(place_of(one.engine.url)) for one in state.ledger.written_on if one not in done],
+        )
+        failure = PartialCommitError(sides[0], ", ".join(sides[1]))
+        logger.error("%s", failure)
+        if (transaction := session.get_transaction()) is not None:
+            transaction.close()  # rolls the others back; SQLAlchemy's rollback() would warn of this one
+        raise failure from error
+
+
 def end_interrupted(session: StatefulSession) -> None:
     """End a transaction whose end a user's listener has cut short by an error."""
     state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
@@ -187,14 +218,14 @@ def _after_transaction_end(session: StatefulSession, transaction: SessionTransac
 
 
 def _end_root(session: StatefulSession, state: SessionState) -> None:
-    unknown, state.ledger = state.ledger.unknown, BLANK
+    unknown, state.ledger = state.ledger.unknown or bool(state.ledger.committed_on), BLANK
     committed, state.committed, state.committing = state.committed, False, False
     state.beginner = None
     if not committed:
         for block in state.joined:
             block.broken = block.broken or block.elsewhere()
     if state.checkout is not None:
-        state.checkout.after_operation(session)
+        state.checkout.after_transaction(session, committed=committed, unknown=unknown)
     if state.hooks is not None:
         if unknown:
             state.hooks.drop()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from asyncio import current_task
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -15,6 +16,7 @@ from sqlalchemy.util import await_only
 
 from .._dialects.interruption import end_statement, may_be_in_use, statement_end
 from .._dialects.statements import READS, verb_of
+from .._telemetry.logs import fields
 from .ledger import BLANK, Ledger
 from .loops import Loops
 
@@ -23,12 +25,17 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
+    from .._telemetry.observer import TransactionOutcome
     from .checkout import Checkout, Route
-    from .hooks import Hooks
+    from .hooks import Hooks, RunningHook
     from .streams import ConnectionStream, Stream
     from .waiting import Turn
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
+
+
+def _no_request() -> None:
+    return None
 
 
 @define(eq=False, repr=False)
@@ -46,6 +53,10 @@ class Shared:
     )
     """The session in the middle of an operation, by task: a dialect's event names only a connection."""
     loops: Loops = Factory(Loops)
+    running: ContextVar[tuple[RunningHook, ...]] = Factory(
+        lambda: ContextVar["tuple[RunningHook, ...]"]("fastapi_async_sqlalchemy.running_hooks", default=())
+    )
+    """The hooks that run in a context, or that have started its task."""
     engine: Engine | None = None
     """The bound engine, to which most connections belong."""
     unbuffered: bool = False
@@ -61,9 +72,23 @@ class Shared:
     )
     """For each task that waits for its turn, the state of that session."""
 
+    request: Callable[[], str | None] = _no_request
+    """Returns the request that the current task serves, for log records."""
+    holders: Callable[[], tuple[str, ...]] = tuple
+    """Describes the units that hold a connection."""
+
     def listen(self, engine: Engine) -> None:
         """Listen to an engine; a second call has no effect."""
         raise NotImplementedError
+
+    def fields(
+        self,
+        unit: int | None = None,
+        outcome: TransactionOutcome | None = None,
+        statements: int | None = None,
+    ) -> dict[str, object]:
+        """Return the fields of a log record."""
+        return fields(self.name, unit=unit, request=self.request(), outcome=outcome, statements=statements)
 
     def session_of(self, connection: Connection) -> StatefulSession | None:
         """Return the session that currently uses a connection."""
@@ -226,7 +251,7 @@ class SessionState:
             self.ledger = Ledger()
         return self.ledger
 
-    def note_error(self, context: ExceptionContext) -> None:
+    def note_error(self, context: ExceptionContext, unit: int) -> None:
         """Record a statement's error, or an interrupted COMMIT."""
         committing, self.committing = self.committing, False
         statement = context.statement
@@ -238,6 +263,7 @@ class SessionState:
                 "is discarded; look the data up before repeating the work.",
                 self.shared.name,
                 type(context.original_exception).__name__,
+                extra=self.shared.fields(unit, "unknown", self.ledger.written),
             )
 
 
@@ -280,11 +306,11 @@ def held_by_owner(session: StatefulSession) -> bool:
     return (bool(state.streams) and state.streaming()) or (state.holder is not None and state.busy())
 
 
-def note_statement(session: StatefulSession, statement: str) -> None:
+def note_statement(session: StatefulSession, statement: str, connection: Connection) -> None:
     """Record a statement that is about to be sent, unless it only reads."""
     verb = verb_of(statement)
     if verb not in READS:
-        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb)
+        session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb, connection)
 
 
 def task_at_work() -> asyncio.Task[Any] | None:

@@ -289,9 +289,17 @@ def _translate(state: SessionState, error: BaseException) -> None:
     flush_failed = type(error) is PendingRollbackError and state.operation == "commit"
     if flush_failed and state.ledger.failure is not None:
         raise UnexpectedRollbackError(name, _FLUSH_FAILED) from state.ledger.failure
-    if isinstance(error, PoolTimeout) and not isinstance(error, PoolTimeoutError):
-        pools = [engine.pool for engine in state.shared.loops.engines]
-        pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
-        timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
-        remedy = remedy_for(state.outer_holds)
-        raise PoolTimeoutError(name, timeout, pool_status(pool), remedy) from error
+    if isinstance(error, PoolTimeoutError):
+        if not error.holders:
+            error._name_holders(state.shared.holders())
+    elif isinstance(error, PoolTimeout):
+        raise pool_timeout(state) from error
+
+
+def pool_timeout(state: SessionState) -> PoolTimeoutError:
+    """Return the error for a pool that had no connection within its own timeout."""
+    pools = [engine.pool for engine in state.shared.loops.engines]
+    pool = next((pool for pool in pools if pool_status(pool).available == 0), pools[0])
+    timeout = pool.timeout() if isinstance(pool, QueuePool) else 0.0
+    remedy, holders = remedy_for(state.outer_holds), state.shared.holders()
+    return PoolTimeoutError(state.shared.name, timeout, pool_status(pool), remedy, holders)

@@ -7,6 +7,7 @@ path.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from attrs import Factory, define
 from sqlalchemy import event
@@ -14,7 +15,7 @@ from sqlalchemy import event
 from .._dialects.errors import begin_in_time, is_transaction_lost
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
-from .outcome import check_again
+from .outcome import check_again, note_committed
 from .state import Shared, note_statement, task_at_work
 from .streams import watch_connection_stream
 from .turns import refuse_to_lose_rows
@@ -38,6 +39,8 @@ class Watch(Shared):
     classes: dict[tuple[type[Session], Models | None], type[WatchedSession]] = Factory(
         dict["tuple[type[Session], Models | None]", "type[WatchedSession]"]
     )
+    readers: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    """The engines whose plain reads may be sent without a transaction."""
     guarded: dict[type[Session], Models] = Factory(dict["type[Session]", "Models"])
     """The watched classes that take certain models alone."""
     models: Models | None = None
@@ -63,14 +66,32 @@ class Watch(Shared):
         self.loops.follow(engine)
         if self.taken_in is not None:
             self.taken_in(engine)
-        dialect = engine.dialect  # engines derived from one another share it
-        event.listen(dialect, "do_execute", self._do_execute)
-        event.listen(dialect, "do_executemany", self._do_execute)
-        event.listen(dialect, "do_execute_no_params", self._do_execute_no_params)
-        event.listen(dialect, "handle_error", self._handle_error)
+        for name, listener in self._listeners(engine):
+            event.listen(engine.dialect, name, listener)  # engines derived from one another share it
+
+    def leave(self) -> None:
+        """Stop listening, until a session comes to an engine again."""
+        for engine in list(self.loops.engines):
+            for name, listener in self._listeners(engine):
+                if event.contains(engine.dialect, name, listener):
+                    event.remove(engine.dialect, name, listener)
+        self.loops.engines.clear()
+        self.engine = None
+
+    def _listeners(self, engine: Engine) -> list[tuple[str, Callable[..., bool | None]]]:
+        listeners: list[tuple[str, Callable[..., bool | None]]] = [
+            ("do_execute", self._do_execute),
+            ("do_executemany", self._do_execute),
+            ("do_execute_no_params", self._do_execute_no_params),
+            ("handle_error", self._handle_error),
+        ]
+        if engine in self.readers:
+            listeners.append(("do_execute", self._send_alone))
+        return listeners
 
     def read_alone(self, engine: Engine) -> None:
         """Send plain reads of sessions that allow it without a transaction; a second call has no effect."""
+        self.readers.add(engine)
         event.listen(engine.dialect, "do_execute", self._send_alone)
 
     def _send_alone(
@@ -112,7 +133,7 @@ class Watch(Shared):
             session = self.session_of(context.root_connection)
             if session is not None:
                 begin_in_time(cursor, statement, context.root_connection)
-                note_statement(session, statement)
+                note_statement(session, statement, context.root_connection)
 
     def _require_own(self, context: ExecutionContext) -> None:
         """Refuse a session's statement with a table that belongs to another database."""
@@ -132,7 +153,9 @@ class Watch(Shared):
         if session is not None and not unsent:
             state = session._fastapi_async_sqlalchemy
             after_the_check = state.committing and context.statement is not None
-            state.note_error(context)
+            if state.committing and not after_the_check:
+                note_committed(session)
+            state.note_error(context, session.hash_key)
             if after_the_check:
                 check_again(session)
             if is_transaction_lost(context):

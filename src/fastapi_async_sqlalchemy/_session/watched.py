@@ -13,7 +13,7 @@ from weakref import ref
 from sqlalchemy.orm import Session, SessionTransaction
 
 from . import turns
-from .outcome import decide_rollback, end_interrupted, follow, require_commit
+from .outcome import decide_rollback, end_interrupted, follow, refuse_half, require_commit
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import exclusive
 
@@ -57,7 +57,8 @@ class WatchedSession(StatefulSession):
             require_commit(self)
         try:
             super().commit()
-        except BaseException:
+        except BaseException as error:
+            refuse_half(self, error)
             end_interrupted(self)
             raise
 
@@ -124,7 +125,9 @@ def reset(session: StatefulSession) -> None:
     """Reset a session, with a WARNING about discarded writes: callers often do not expect that."""
     state = session._fastapi_async_sqlalchemy
     if has_written(session):
-        logger.warning(_CLOSED, state.shared.name, state.ledger.written, pending(session))
+        written = state.ledger.written
+        extra = state.shared.fields(session.hash_key, "rolled back", written)
+        logger.warning(_CLOSED, state.shared.name, written, pending(session), extra=extra)
     decide_rollback(session)
     try:
         Session.reset(session)
@@ -171,7 +174,8 @@ def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end
             savepoint.commit()
     try:
         end()
-    except BaseException:
+    except BaseException as error:
+        refuse_half(session, error)
         end_interrupted(session)
         raise
 

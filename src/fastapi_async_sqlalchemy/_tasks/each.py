@@ -78,6 +78,9 @@ class TaskUnits(Place[S_co]):
                 task.add_done_callback(self._end)
         return unit
 
+    def _units_inside(self) -> tuple[UnitOfWork[S_co], ...]:
+        return tuple(self._units.values())
+
     def _asked(self) -> UnitOfWork[S_co]:
         """Return the unit of the nearest task that has asked for one, by the context that a thread inherits.
 
@@ -98,7 +101,11 @@ class TaskUnits(Place[S_co]):
         error = None if task.cancelled() else task.exception()
         if error is not None:  # task.exception() stops asyncio from reporting it
             logger.warning(
-                "%s failed in a unit of %s, which is rolled back", task, self._database.name, exc_info=error
+                "%s failed in a unit of %s, which is rolled back",
+                task,
+                self._database.name,
+                exc_info=error,
+                extra=unit._fields("rolled back"),
             )
         ending = task.get_loop().create_task(self._settle(unit, failed=task.cancelled() or error is not None))
         self._ending.add(ending)
@@ -113,10 +120,13 @@ class TaskUnits(Place[S_co]):
         task = cast("asyncio.Task[Any]", current_task())
         self._units[task] = unit
         self._database.asked.set(ref(task))
+        number = None if unit._watched is None else unit._watched.hash_key
         try:
             await finish(unit, Decision.ROLLBACK if failed else self._decision)
         except Exception as error:
-            logger.exception("COMMIT on %s failed after its task had ended", self._database.name)
+            name = self._database.name
+            extra = self._database.shared.fields(number)
+            logger.exception("COMMIT on %s failed after its task had ended", name, extra=extra)
             self._errors.append(error)
 
     @property

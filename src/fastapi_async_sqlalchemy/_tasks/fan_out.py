@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .._arguments.keywords import SessionArgs
+    from .._session.state import Shared
     from .._unit.database import UnitConfig
     from .._unit.place import Handle, Place
 
@@ -131,12 +132,15 @@ async def gather(
         failed = [error for error in errors if error is not None]
         if failed and not return_exceptions:
             for other in failed[1:]:
-                logger.error("Another coroutine of the same gather() failed, too", exc_info=other)
+                extra = children.config.database.shared.fields()
+                logger.error(
+                    "Another coroutine of the same gather() failed, too", exc_info=other, extra=extra
+                )
             raise failed[0]
         return [task.result() if error is None else error for task, error in zip(tasks, errors, strict=True)]
     finally:
         try:
-            await _end(tasks)
+            await _end(tasks, children.config.database.shared)
         finally:
             close(coroutines)
 
@@ -193,18 +197,18 @@ def _error(task: asyncio.Task[Any]) -> BaseException | None:
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
-async def _end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def _end(tasks: Iterable[asyncio.Task[Any]], shared: Shared) -> None:
     """Cancel the running tasks and wait until their units are settled."""
     running = [task for task in tasks if task.cancel()]
     if running:
-        await to_completion(_all_done(running))
+        await to_completion(_all_done(running, shared))
 
 
-async def _all_done(tasks: list[asyncio.Task[Any]]) -> None:
+async def _all_done(tasks: list[asyncio.Task[Any]], shared: Shared) -> None:
     await asyncio.wait(tasks)
     for task in tasks:
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed while it was cancelled", task, exc_info=error)
+            logger.error("%s failed while it was cancelled", task, exc_info=error, extra=shared.fields())
 
 
 @define(eq=False, repr=False)

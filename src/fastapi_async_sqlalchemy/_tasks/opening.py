@@ -15,6 +15,7 @@ from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
+from .._unit.observing import observe, stop_observing
 from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .._arguments.keywords import EngineArgs, SessionArgs
     from .._cluster.replica import WalPosition
     from .._dialects.begin import TransactionSettings
+    from .._telemetry.observer import Observer
     from .._unit.database import S_co
 
 P = TypeVar("P")
@@ -64,11 +66,9 @@ def open_scope(
         settings = transaction_settings(read_only, isolation_level, deferrable, settings, begin)
     if pool_timeout is not None or max_concurrent is not None:
         limits = limits_of("pool_timeout", pool_timeout, max_concurrent, database.shared)
-    if propagation != "requires_new":
-        propagation_of(propagation)
     for_each_task = multi_sessions is not False or max_concurrent is not None
-    if for_each_task:
-        _check_for_each_task(multi_sessions, propagation)
+    if propagation != "requires_new" or for_each_task:
+        _check_kind(propagation, multi_sessions=multi_sessions, per_task=for_each_task)
     if session_args is not None:
         # an empty mapping is no argument
         session_args = cast("SessionArgs", session_arguments(session_args)) or None
@@ -83,15 +83,16 @@ def open_scope(
     return new if propagation == "requires_new" else PropagatingScope(new, propagation, bool(session_args))
 
 
-def _check_for_each_task(
-    multi_sessions: bool,  # noqa: FBT001  # validated in the body
-    propagation: Propagation,
-) -> None:
+def _check_kind(propagation: Propagation, *, multi_sessions: bool, per_task: bool) -> None:
+    """Validate what kind of block is requested."""
+    propagation_of(propagation)
+    if not per_task:
+        return
     if not boolean("multi_sessions", multi_sessions):
         message = "max_concurrent is for tasks with a unit each: write `db.per_task(max_concurrent=...)`."
         raise ConfigurationError(message)
     if propagation != "requires_new":
-        message = f"multi_sessions=True opens units of its own: leave propagation={propagation!r} out."
+        message = f"multi_sessions=True opens separate units: leave propagation={propagation!r} out."
         raise ConfigurationError(message)
 
 
@@ -176,6 +177,7 @@ def connect(
     commit_on_exit: bool | None,
     begin: Begin | None,
     pool_warm_up: int | None,
+    observers: tuple[Observer, ...],
 ) -> Connected[P]:
     """Return the block for ``db.connect(...)``, which yields ``result``."""
     begin, count = begin_of(begin), warm_up_of(pool_warm_up)
@@ -196,6 +198,7 @@ def connect(
         database,
         engine,
         session_args,
+        observers,
         owned=engine is not url,
         begin=begin,
         warm_up=count,
@@ -211,6 +214,7 @@ class Connected(Generic[P]):
     database: Database[Any]
     engine: AsyncEngine
     session_args: SessionArgs | None
+    observers: tuple[Observer, ...]
     owned: bool
     begin: Begin | None
     warm_up: int
@@ -220,6 +224,8 @@ class Connected(Generic[P]):
     async def __aenter__(self) -> P:
         by = holder("`async with db.connect(...)`", "leave that block")
         self.database.bind(self.engine, self.session_args, by, self.begin)
+        if self.observers:
+            observe(self.database, self.observers)
         self.database.commit_on_exit, self.commit_on_exit = self.commit_on_exit, self.database.commit_on_exit
         try:
             await warm_up(self.engine, self.warm_up)
@@ -235,4 +241,5 @@ class Connected(Generic[P]):
             await self.database.release(self.engine, owned=self.owned)
         finally:
             self.database.unbind()
+            stop_observing(self.database, self.observers)
             self.database.commit_on_exit = self.commit_on_exit

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .._dialects.begin import TransactionSettings
     from .._session.checkout import Limits
     from .._session.state import StatefulSession
+    from .observing import Opening
 
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
@@ -83,6 +84,8 @@ class Database(Generic[S_co]):
         takes_self=True,
     )
     """The default configurations of units, without `commit_on_exit` and with it."""
+    opening: Opening | None = None
+    """What it does with each unit that makes its session, if anything was asked."""
     asked: ContextVar[ref[asyncio.Task[Any]] | None] = Factory(
         lambda: ContextVar["ref[asyncio.Task[Any]] | None"]("fastapi_async_sqlalchemy.asked", default=None)
     )
@@ -159,6 +162,8 @@ class Database(Generic[S_co]):
         if (loop := running_loop()) is not None:
             self._watch.loops.bind(loop)
         self.watch_pool(watcher)
+        if self.opening is not None:
+            self.opening.bind(self.name, engine)
 
     def watch_pool(self, watcher: PoolWatcher | None) -> None:
         """Set the watcher of the pool, now or once an engine is bound; None removes it."""
@@ -174,6 +179,9 @@ class Database(Generic[S_co]):
         """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
             self._live, self.holder, self._watch.waits = False, None, self.waits
+            self._watch.leave()
+            if self.opening is not None:
+                self.opening.unbind()
         if owned:
             await engine.dispose()
 
@@ -181,7 +189,10 @@ class Database(Generic[S_co]):
         """Forget the engine."""
         if self._watcher is not None:
             self._watcher.end()
-        self._watch.engine, self._watch.waits = None, self.waits
+        if self.opening is not None:
+            self.opening.unbind()
+        self._watch.leave()
+        self._watch.waits = self.waits
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self.begin = None
         self._variants.clear()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
 
 from attrs import define, field
 
-from ..exceptions import MissingSessionError, SessionNotInitialisedError
+from ..exceptions import ConfigurationError, MissingSessionError, SessionNotInitialisedError
 from .database import Database, S_co
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Place(Generic[S_co]):
     def _here(self) -> UnitOfWork[S_co]:
         """Return the unit of the current task."""
         raise NotImplementedError
+
+    def _units_inside(self) -> tuple[UnitOfWork[S_co], ...]:
+        """Return the units of all tasks."""
+        return ()
 
 
 @define(eq=False, repr=False, weakref_slot=False)
@@ -72,6 +76,19 @@ class Handle(Generic[S_co]):
     def __deepcopy__(self, _: object) -> Self:
         """Return the same handle: a copied proxy goes on using the same database."""
         return self
+
+
+class NoSignature:
+    """Descriptor that refuses the proxy's signature, so that frameworks cannot inject its arguments."""
+
+    def __get__(self, proxy: object, kind: type) -> NoReturn:
+        if proxy is None:
+            raise AttributeError
+        message = (
+            "Depends(db) would make the arguments of db() a part of the request: "
+            "write Depends(db.dependency), which gives the request's session."
+        )
+        raise ConfigurationError(message)
 
 
 def around(place: Place[Any] | None) -> Iterator[Place[Any]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from .._arguments.checks import Propagation
 
@@ -97,6 +98,8 @@ class PropagatingScope(OneUse, Generic[S_co]):
     has_session_args: bool
     joined: UnitOfWork[S_co] | None = None
     savepoint: AsyncSessionTransaction | None = None
+    transaction: SessionTransaction | None = None
+    """The transaction that the savepoint is in."""
     block: JoinedBlock = Factory(lambda: JoinedBlock(task_at_work()))
 
     def joins(self) -> UnitOfWork[S_co] | None:
@@ -142,6 +145,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
         if self.propagation == "nested":
             self.savepoint = self.joined.savepoint()
             await self.savepoint.__aenter__()
+            self.transaction = self.joined.session.sync_session.get_transaction()
         return self.joined
 
     async def __aexit__(
@@ -159,7 +163,19 @@ class PropagatingScope(OneUse, Generic[S_co]):
 
     async def _leave(self, error: BaseException | None) -> None:
         joined = cast("UnitOfWork[S_co]", self.joined)
+        undoes = self.savepoint is not None
         if self.savepoint is not None:
+            undoes = not self._ended_by_another(joined)
             await self.savepoint.__aexit__(type(error) if error else None, error, None)
-        elif error is not None and not joined.closed:
+        if error is not None and not undoes and not joined.closed:
             joined._mark_rollback_only(JOINED, error)
+
+    def _ended_by_another(self, joined: UnitOfWork[S_co]) -> bool:
+        """Whether another task's savepoint around this one was released meanwhile, and this one with it."""
+        session = joined._watched
+        if self.savepoint is None or session is None or session.get_transaction() is not self.transaction:
+            return False
+        opened = session.get_nested_transaction()
+        while opened is not None and opened is not self.savepoint.sync_transaction:
+            opened = opened.parent
+        return opened is None

@@ -168,7 +168,8 @@ async def roll_back(unit: UnitOfWork[Any]) -> None:
         try:
             await unit.opened.run_sync(restoring.roll_back)
         except Exception:  # any error: the transaction is not committed
-            logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
+            extra = unit._fields("rolled back")
+            logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
         if unit._hooks is not None:  # if no transaction was open
             await unit._hooks.settled(committed=False)
 
@@ -245,7 +246,8 @@ async def _release(unit: UnitOfWork[Any], opened: AsyncSession) -> None:
     try:
         await opened.run_sync(release)
     except Exception:  # any error: nothing was written
-        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
+        extra = unit._fields("only read")
+        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
 
 
 async def _close(unit: UnitOfWork[Any], *, committed: bool) -> None:
@@ -268,7 +270,8 @@ async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: Sta
         if session.in_transaction():
             await opened.run_sync(restoring.roll_back)
     except Exception:  # any error: the transaction is not committed
-        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True)
+        extra = unit._database.shared.fields(session.hash_key, "rolled back")
+        logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
     finally:
         state.closed = True
         if session.in_transaction():  # a listener has interrupted its end
@@ -298,6 +301,7 @@ def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
         unit._database.name,
         statements,
         objects,
+        extra=unit._fields("rolled back", statements),
     )
     return True
 

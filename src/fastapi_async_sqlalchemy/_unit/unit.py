@@ -14,7 +14,8 @@ from sqlalchemy.orm import SessionTransaction
 
 from .._session.checkout import Checkout, NestedRoute
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
-from ..exceptions import TransactionBegunError, UnitClosedError, _safe_repr
+from .._telemetry.observer import UnitStats
+from ..exceptions import ConfigurationError, TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
 from .place import Place, around
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from .._session.hooks import BeginHook, Hook
     from .._session.state import JoinedBlock, StatefulSession
+    from .._telemetry.meter import UnitMeter
+    from .._telemetry.observer import TransactionOutcome
     from .database import Database, UnitConfig
 
 
@@ -64,6 +67,8 @@ class UnitOfWork(Place[S_co]):
     _joined: list[JoinedBlock] | None = field(default=None, init=False)
     """The open blocks that have joined the unit."""
     _info: dict[str, Any] | None = field(default=None, init=False)
+    _meter: UnitMeter = field(init=False)
+    """Set if the unit is observed; without a default, it costs an unobserved one nothing."""
 
     @property
     def closed(self) -> bool:
@@ -81,6 +86,24 @@ class UnitOfWork(Place[S_co]):
         if self._info is None:
             self._info = {}
         return self._info
+
+    @property
+    def stats(self) -> UnitStats:
+        """What the unit has done so far, also after its end.
+
+        Raises ``ConfigurationError`` if nothing observes the unit.
+        """
+        meter: UnitMeter | None = getattr(self, "_meter", None)
+        if meter is not None:
+            return meter.unit.stats
+        opening = self._database.opening
+        if opening is None or not opening.observers or self.opened is not None:
+            message = (
+                "unit.stats needs an observer, and a plain Observer() will do: give observers= to "
+                "create_middleware_and_session_proxy(), to the middleware or to db.connect()."
+            )
+            raise ConfigurationError(message)
+        return UnitStats()
 
     async def commit(self) -> None:
         """Commit, release the connection and run the ``on_commit`` hooks.
@@ -176,6 +199,9 @@ class UnitOfWork(Place[S_co]):
     def _here(self) -> Self:
         return self
 
+    def _units_inside(self) -> tuple[Self, ...]:
+        return (self,)
+
     def _join(self, block: JoinedBlock) -> None:
         """Record a block that joins the unit."""
         if self._joined is None:
@@ -215,7 +241,13 @@ class UnitOfWork(Place[S_co]):
         if isinstance(self._outer, UnitOfWork):
             state.outer_holds = self._outer_holds
             state.route = NestedRoute(ref(self._watched), self._enclosing, state.route)
+        if config.database.opening is not None:
+            config.database.opening.begin(self, self._watched)
         return opened
+
+    def _reset(self) -> None:
+        """Drop a session that nothing may use."""
+        self.opened, self._watched, self._hooks, self._phase = None, None, None, FRESH
 
     def _register(self, hook: Hook, *, on_commit: bool) -> None:
         _require_function(hook)
@@ -229,13 +261,22 @@ class UnitOfWork(Place[S_co]):
         hooks.marks.append(mark)
         hooks.share_fate(mark, self._savepoint())
 
+    def _fields(
+        self, outcome: TransactionOutcome | None = None, statements: int | None = None
+    ) -> dict[str, object]:
+        """Return the fields of a log record about the unit."""
+        number = None if self._watched is None else self._watched.hash_key
+        return self._database.shared.fields(number, outcome, statements)
+
     def _own_hooks(self) -> Hooks:
         """Return the unit's hooks; create them, and the session, on first use."""
         if self.opened is None:
             self._open()
         watched = self._watched
         if self._hooks is None and watched is not None:
-            self._hooks = watched._fastapi_async_sqlalchemy.hooks = Hooks(self._database.name)
+            meter = getattr(self, "_meter", None)
+            hooks = Hooks(self._database.shared, watched.hash_key, meter)
+            self._hooks = watched._fastapi_async_sqlalchemy.hooks = hooks
         return cast("Hooks", self._hooks)
 
     def _savepoint(self) -> SessionTransaction | None:
@@ -285,6 +326,12 @@ def _require_function(hook: object) -> None:
     if not callable(hook):
         message = f"a hook must be a function, not {_safe_repr(hook)}."
         raise TypeError(message)
+
+
+def has_connection(unit: UnitOfWork[Any]) -> bool:
+    """Whether a unit holds a connection now."""
+    transaction = None if unit._watched is None else unit._watched.get_transaction()
+    return transaction is not None and bool(transaction._connections)
 
 
 def _begun(session: Session) -> bool:

@@ -211,6 +211,7 @@ class RequestUnit(UnitOfWork[Any]):
                 "COMMIT on %s failed after the response had started: the client has been told of a success "
                 "that does not include what came later.",
                 self._database.name,
+                extra=self._database.shared.fields(None if session is None else session.hash_key),
             )
             raise self._reported(error)  # noqa: B904  # the error itself, or has it as its cause
         self._note_commit(session)
@@ -244,5 +245,5 @@ class RequestUnit(UnitOfWork[Any]):
             return error
         failure = PartialCommitError([*names], self._database.name)
         failure.__cause__ = error
-        logger.error("%s", failure)
+        logger.error("%s", failure, extra=self._fields())
         return failure

@@ -11,6 +11,7 @@ from sqlalchemy import event
 
 from .._arguments.checks import positive
 from .._session.checkout import pool_status
+from .._telemetry.logs import fields
 from ..exceptions import ConfigurationError, _safe_repr
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class SaturationWarning:
                 database,
                 status.checked_out,
                 status.capacity,
+                extra=fields(database),
             )
 
 

@@ -1,0 +1,39 @@
+"""A question to the database that only asks whether it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy.sql import text
+
+from .._arguments.checks import positive
+from .._session.checkout import Checkout, limits_of
+
+if TYPE_CHECKING:
+    from .._session.state import StatefulSession
+    from .._unit.database import Database
+
+
+async def ping(database: Database[Any], timeout: float) -> None:  # noqa: ASYNC109  # for each of its two parts
+    """Check a connection out and send a statement in time; see ``SessionProxy.ping()``."""
+    limits = limits_of("timeout", positive("timeout", timeout), None, database.shared)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    async with database.new_session() as session:
+        state = cast("StatefulSession", session.sync_session)._fastapi_async_sqlalchemy
+        if limits is not None:
+            state.limit(Checkout(database.name, limits))
+        await session.connection()
+        deadline = asyncio.timeout_at(end)
+        try:
+            async with deadline:
+                await session.scalar(text("SELECT 1"))
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise  # the driver's own
+            message = (
+                f"{database.name} did not answer within {timeout:g} seconds, although it has let a "
+                "connection in: look at its load, its disk and the network."
+            )
+            raise TimeoutError(message) from error

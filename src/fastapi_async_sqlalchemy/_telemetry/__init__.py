@@ -1,0 +1,1 @@
+"""What units of work do, reported to observers."""

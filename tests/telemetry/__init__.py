@@ -1,0 +1,1 @@
+"""What units of work do, as observers, traces, metrics and logs see it."""
