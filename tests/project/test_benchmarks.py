@@ -47,7 +47,7 @@ async def test_round_trips(postgresql_server: URL, databases: ExitStack) -> None
         assert counted[driver, "one INSERT"] == ("3", "3", "3", "3")
         assert counted[driver, "SELECT and UPDATE"] == ("4", "4", "4", "4")
     assert counted["asyncpg", "`commit_position()`"] == ("1",)
-    assert counted["asyncpg", "one SELECT with `wait_for`"] == ("4",)
+    assert counted["asyncpg", "one SELECT of a unit that waits"] == ("4",)
     assert counted["asyncpg", "first SELECT of an engine, `pool_warm_up=1`"] == ("4",)
     assert counted["asyncpg", "one SELECT, `pgbouncer_engine_args()`"] == ("4", "2")
     assert counted["asyncpg", "`atomic()` of two, one UPDATE each"] == ("9",)
