@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError
 
-from .logical import LogicalConnection
-
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -32,32 +30,28 @@ def replace_dead(engine: Engine) -> None:
         event.listen(engine, "checkout", _refuse_asyncmy)
 
 
-def _refuse_asyncpg(adapted: DBAPIConnection, record: ConnectionPoolEntry, _: PoolProxiedConnection) -> None:
+def _refuse_asyncpg(_: DBAPIConnection, record: ConnectionPoolEntry, __: PoolProxiedConnection) -> None:
     driver: Any = record.driver_connection
-    if driver.is_closed() and not _is_shared(adapted):
+    if driver.is_closed():
         raise _closed()
 
 
-def _refuse_asyncmy(adapted: DBAPIConnection, record: ConnectionPoolEntry, _: PoolProxiedConnection) -> None:
+def _refuse_asyncmy(_: DBAPIConnection, record: ConnectionPoolEntry, __: PoolProxiedConnection) -> None:
     driver: Any = record.driver_connection
-    if driver._stream_broken and not _is_shared(adapted):
+    if driver._stream_broken:
         raise _closed()
 
 
-def _refuse_aiomysql(adapted: DBAPIConnection, record: ConnectionPoolEntry, _: PoolProxiedConnection) -> None:
+def _refuse_aiomysql(_: DBAPIConnection, record: ConnectionPoolEntry, __: PoolProxiedConnection) -> None:
     """Look at the socket: the stream may hold the server's last words, and then does not tell of its end."""
-    if _is_shared(adapted):
-        return
     driver: Any = record.driver_connection
     writer = driver._writer
     if writer is None or writer.is_closing() or _readable(writer.get_extra_info("socket").fileno()):
         raise _closed()
 
 
-def _refuse_psycopg(adapted: DBAPIConnection, record: ConnectionPoolEntry, _: PoolProxiedConnection) -> None:
+def _refuse_psycopg(_: DBAPIConnection, record: ConnectionPoolEntry, __: PoolProxiedConnection) -> None:
     """Look at the socket, and have the driver read what is there: it may be a notification."""
-    if _is_shared(adapted):
-        return
     driver: Any = record.driver_connection
     while not driver.closed and _readable(driver.fileno()):
         try:
@@ -66,11 +60,6 @@ def _refuse_psycopg(adapted: DBAPIConnection, record: ConnectionPoolEntry, _: Po
             raise _closed() from error
     if driver.closed:
         raise _closed()
-
-
-def _is_shared(adapted: DBAPIConnection) -> bool:
-    """Whether others use the connection as well, in a sandbox: an answer on its way there is no end."""
-    return isinstance(adapted, LogicalConnection)
 
 
 def _closed() -> DisconnectionError:
