@@ -231,7 +231,7 @@ async def test_half_of_a_session(
         committed = await worker.notes() == ["a"]  # SQLAlchemy commits them in any order
         assert isinstance(error, PartialCommitError) == committed
         assert log == ([] if committed else ["rolled back"])
-        assert complaints(caplog) == ([str(error)] if committed else [])
+        assert complaints(caplog) == ([f"ERROR: {error}"] if committed else [])
         await second.dispose()
 
 
