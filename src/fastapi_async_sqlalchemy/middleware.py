@@ -111,7 +111,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         server_timing: bool = False,
         concurrent_use: Literal["refuse", "wait"] | None = None,
     ) -> None:
-        self.app = _require_app(app)
+        self.app: ASGIApp = _require_app(app)
         commits = self._database.commit_on_exit if commit_on_exit is None else commit_on_exit
         self._policy = commit_policy(commits, commit_when)
         self._bodies = KeptBodies() if self._policy.may_commit else None

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from sqlalchemy import AsyncAdaptedQueuePool, Engine, NullPool, Pool, event, literal, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
@@ -291,6 +291,35 @@ async def test_stack_that_is_built_again(sqlite_url: str, how: str, when: str) -
     assert checked_in(engine.pool) == 0
     async with asgi_client(app) as client:
         assert (await client.get("/")).json() == 1
+
+
+class Hiding:
+    """A middleware that shows nobody which application it wraps."""
+
+    def __init__(self, wrapped: ASGIApp) -> None:
+        self._wrapped = wrapped
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on."""
+        await self._wrapped(scope, receive, send)
+
+
+@pytest.mark.parametrize("hiding", [Hiding, lambda app: Hiding(app).__call__], ids=["class", "function"])
+async def test_stack_with_a_middleware_that_hides_the_application(sqlite_url: str, hiding: Any) -> None:
+    """The application is known although a middleware in between does not show it."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    app.add_middleware(hiding)
+    app.add_middleware(middleware, db_url=sqlite_url)
+
+    @app.get("/")
+    async def route() -> int | None:
+        return await db.session.scalar(select(literal(1)))
+
+    async with asgi_client(app) as client:
+        for _ in range(2):
+            assert (await client.get("/")).json() == 1
+            app.middleware_stack = app.build_middleware_stack()
 
 
 @pytest.mark.parametrize("other", ["application", "URL", "arguments"])
