@@ -16,6 +16,7 @@ from campaign import listeners
 from campaign.broken import BROKEN
 from campaign.case import Witness, current, follow
 from campaign.endpoints import routers
+from campaign.observing import Unreliable
 from campaign.pairs import (
     LedgerMiddleware,
     MainMiddleware,
@@ -27,7 +28,7 @@ from campaign.pairs import (
 from campaign.routes import DomainError, ForgivenError
 from campaign.sabotage import SABOTAGE
 from campaign.watch import Watch
-from fastapi_async_sqlalchemy import FastAPIAsyncSQLAlchemyError, PoolTimeoutError
+from fastapi_async_sqlalchemy import Begin, FastAPIAsyncSQLAlchemyError, PoolTimeoutError
 
 POOL_SIZE = 5
 POOLS = {
@@ -98,7 +99,8 @@ def build(settings: Settings) -> tuple[ASGIApp, Watch]:
     app, by_hand = FastAPI(lifespan=lifespan), FastAPI()
     router, manual_router = routers()
     by_hand.include_router(manual_router)
-    by_hand.add_middleware(ManualMiddleware, custom_engine=engines["manual"])
+    begin: Begin | None = "on_first_write" if settings.urls["main"].startswith("postgresql") else None
+    by_hand.add_middleware(ManualMiddleware, custom_engine=engines["manual"], begin=begin)
     app.include_router(router)
     app.mount("/manual", by_hand)
     app.state.away = engines["away"]
@@ -107,11 +109,18 @@ def build(settings: Settings) -> tuple[ASGIApp, Watch]:
         inside, commits = BROKEN[settings.broken]
         app.add_middleware(inside)
     app.add_middleware(MainMiddleware, custom_engine=engines["main"], commit_on_exit=commits)
-    app.add_middleware(LedgerMiddleware, custom_engine=engines["ledger"], commit_on_exit=True)
-    app.add_middleware(SecondMiddleware, custom_engine=engines["second"], commit_on_exit=True)
+    observers, second = [Unreliable(1)], engines["second"]
+    app.add_middleware(
+        LedgerMiddleware, custom_engine=engines["ledger"], commit_on_exit=True, observers=observers
+    )
+    app.add_middleware(SecondMiddleware, custom_engine=second, commit_on_exit=True, begin=begin)
     info = {"info": {"away": engines["away"]}}
     app.add_middleware(
-        RoutedMiddleware, custom_engine=engines["routed"], session_args=info, commit_on_exit=True
+        RoutedMiddleware,
+        custom_engine=engines["routed"],
+        session_args=info,
+        commit_on_exit=True,
+        observers=observers,
     )
     for each in (app, by_hand):
         for kind in (SQLAlchemyError, FastAPIAsyncSQLAlchemyError, OSError, Exception):
