@@ -6,17 +6,18 @@ the caller's own SQL begin and end their transactions as they do in production.
 
 from __future__ import annotations
 
+import asyncio
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import Factory, define
+from sqlalchemy.util import greenlet_spawn
 
 from . import liveness, loops
 from .meaning import Meaning, meaning_of
 from .statements import verb_of, writes
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterator
     from weakref import ref
 
@@ -36,6 +37,10 @@ class Server(Protocol):
     @property
     def dialect(self) -> str:
         """The name of the database's dialect."""
+        ...
+
+    def is_open(self, transaction: Logical) -> bool:
+        """Whether a transaction has begun."""
         ...
 
     def enter(self, transaction: Logical) -> None:
@@ -68,6 +73,8 @@ class Logical:
     """The task that began the transaction."""
     session: ref[Session] | None = None
     """The session that began it, if one did."""
+    explicit: bool = False
+    """In autocommit, BEGIN was sent: the transaction goes on until its end is sent."""
     wrote: bool = False
     savepoints: dict[str, bool] = Factory(dict[str, bool])
     """The application's open savepoints, and whether another transaction was committed inside each."""
@@ -79,7 +86,7 @@ class Logical:
     def begun(self, task: asyncio.Task[Any] | None, session: ref[Session] | None) -> None:
         """Start anew for the next transaction."""
         self.task, self.session = task, session
-        self.wrote = self.holds = False
+        self.wrote = self.holds = self.explicit = False
         self.savepoints, self.settings = {}, []
 
     def hold(self) -> None:
@@ -117,6 +124,7 @@ class Logical:
             return server.check()
         server.enter(self)
         if meaning is Meaning.BEGIN:
+            self.explicit = True
             return None
         return self._send(send, statement, parameters)
 
@@ -127,12 +135,12 @@ class Logical:
         try:
             result = send(statement, *parameters)
         except Exception:
-            if self.autocommits:
+            if self.autocommits and not self.explicit:
                 server.end(self, commit=False)
             raise
         if verb == "SET" or _SETTINGS in statement:
             self.settings.append((statement, parameters))
-        if self.autocommits:
+        if self.autocommits and not self.explicit:
             server.end(self, commit=True)
         return result
 
@@ -204,9 +212,16 @@ class _Asyncpg(LogicalConnection):
     deferrable: bool = False
     isolation_level: str | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "_execute_mutex":  # the real one is taken when the statement reaches it
+            return asyncio.Lock()
+        return super().__getattr__(name)
+
     @property
-    def _connection(self) -> Any:
-        return _Closed if self._logical.lost else self._logical.server.real._connection
+    def driver_connection(self) -> _AsyncpgDriver:
+        return _AsyncpgDriver(self)
+
+    _connection = driver_connection
 
     @property
     def readonly(self) -> bool:
@@ -220,23 +235,45 @@ class _Asyncpg(LogicalConnection):
     def autocommit(self) -> bool:
         return self._logical.autocommits
 
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self._logical.autocommits = value
+
     def set_isolation_level(self, level: str) -> None:
         self.rollback()
         self.isolation_level, self._logical.autocommits = level, level == "autocommit"
 
 
-class _Closed:
-    """A connection of asyncpg that the network has broken."""
+class _AsyncpgDriver:
+    """What this package asks of asyncpg's own connection."""
 
-    @staticmethod
-    def is_closed() -> bool:
-        return True
+    def __init__(self, connection: LogicalConnection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection._logical.server.real.driver_connection, name)
+
+    def is_in_transaction(self) -> bool:
+        logical = self._connection._logical
+        return logical.server.is_open(logical)
+
+    def is_closed(self) -> bool:
+        return self._connection._logical.lost
+
+    async def execute(self, statement: str) -> None:
+        await greenlet_spawn(self._connection.execute, statement)
 
 
 class _Psycopg(LogicalConnection):
     """What SQLAlchemy's dialect for psycopg sets and asks for."""
 
     deferrable: bool | None = None
+
+    @property
+    def driver_connection(self) -> _PsycopgDriver:
+        return _PsycopgDriver(self._logical)
+
+    _connection = driver_connection
 
     @property
     def closed(self) -> bool:
@@ -279,6 +316,32 @@ class _Psycopg(LogicalConnection):
 
     def tpc_rollback(self, _: object = None) -> None:
         self.rollback()
+
+
+class _PsycopgDriver:
+    """What this package asks of psycopg's own connection, and of libpq's below it."""
+
+    def __init__(self, logical: Logical) -> None:
+        self._logical = logical
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._logical.server.real.driver_connection, name)
+
+    @property
+    def closed(self) -> bool:
+        return self._logical.lost
+
+    @property
+    def autocommit(self) -> bool:
+        return self._logical.autocommits
+
+    @property
+    def pgconn(self) -> _PsycopgDriver:
+        return self
+
+    @property
+    def transaction_status(self) -> bool:
+        return self._logical.server.is_open(self._logical)
 
 
 class _Mysql(LogicalConnection):

@@ -107,6 +107,10 @@ class SandboxServer:
                 transaction.lost = True
                 raise connection_lost(self.connection.engine)
 
+    def is_open(self, transaction: Logical) -> bool:
+        """Whether a transaction has begun."""
+        return transaction in self._open
+
     def enter(self, transaction: Logical) -> None:
         """Begin a transaction, or go on with it once those inside it have ended."""
         self._require()
