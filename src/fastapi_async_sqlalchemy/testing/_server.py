@@ -10,8 +10,9 @@ from weakref import ref
 from attrs import Factory, define
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from .._dialects.adapters import logical_connection
 from .._dialects.begin import commits_by_itself
-from .._dialects.logical import Logical, LogicalConnection, logical_connection
+from .._dialects.logical import Logical, LogicalConnection
 from .._dialects.meaning import commits_implicitly
 from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
