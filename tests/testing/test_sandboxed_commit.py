@@ -122,6 +122,11 @@ async def test_atomic_over_two_databases(
                 ([], []) if fails else (["first 0", "first 1"], ["second 0", "second 1"])
             )
             assert (box.commits, box.rollbacks) == ((0, 4) if fails else (4, 0))
+            await write(first.db, "afterwards")
+            async with first.db() as unit:
+                await unit.session.execute(insert(Note).values(text="rolled back"))
+                await unit.rollback()
+            assert "rolled back" not in await notes(first.db)
         assert (await first.notes(), await second.notes()) == ([], [])
 
 

@@ -6,12 +6,10 @@ the caller's own SQL begin and end their transactions as they do in production.
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import Factory, define
 
-from . import liveness, loops
 from .meaning import Meaning, meaning_of
 from .statements import verb_of, writes
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from weakref import ref
 
-    from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
 _SETTINGS: Final = "set_config"
@@ -36,6 +33,10 @@ class Server(Protocol):
     @property
     def dialect(self) -> str:
         """The name of the database's dialect."""
+        ...
+
+    def is_open(self, transaction: Logical) -> bool:
+        """Whether a transaction has begun."""
         ...
 
     def enter(self, transaction: Logical) -> None:
@@ -68,6 +69,8 @@ class Logical:
     """The task that began the transaction."""
     session: ref[Session] | None = None
     """The session that began it, if one did."""
+    explicit: bool = False
+    """In autocommit, BEGIN was sent: the transaction goes on until its end is sent."""
     wrote: bool = False
     savepoints: dict[str, bool] = Factory(dict[str, bool])
     """The application's open savepoints, and whether another transaction was committed inside each."""
@@ -79,7 +82,7 @@ class Logical:
     def begun(self, task: asyncio.Task[Any] | None, session: ref[Session] | None) -> None:
         """Start anew for the next transaction."""
         self.task, self.session = task, session
-        self.wrote = self.holds = False
+        self.wrote = self.holds = self.explicit = False
         self.savepoints, self.settings = {}, []
 
     def hold(self) -> None:
@@ -117,6 +120,7 @@ class Logical:
             return server.check()
         server.enter(self)
         if meaning is Meaning.BEGIN:
+            self.explicit = True
             return None
         return self._send(send, statement, parameters)
 
@@ -127,12 +131,12 @@ class Logical:
         try:
             result = send(statement, *parameters)
         except Exception:
-            if self.autocommits:
+            if self.autocommits and not self.explicit:
                 server.end(self, commit=False)
             raise
         if verb == "SET" or _SETTINGS in statement:
             self.settings.append((statement, parameters))
-        if self.autocommits:
+        if self.autocommits and not self.explicit:
             server.end(self, commit=True)
         return result
 
@@ -196,134 +200,3 @@ class LogicalConnection:
 
     def ping(self, *_: object) -> None:
         """Do nothing: the connection is as alive as the real one."""
-
-
-class _Asyncpg(LogicalConnection):
-    """What SQLAlchemy's dialect for asyncpg sets and asks for."""
-
-    deferrable: bool = False
-    isolation_level: str | None = None
-
-    @property
-    def _connection(self) -> Any:
-        return _Closed if self._logical.lost else self._logical.server.real._connection
-
-    @property
-    def readonly(self) -> bool:
-        return self._logical.read_only
-
-    @readonly.setter
-    def readonly(self, value: bool) -> None:
-        self._logical.read_only = value
-
-    @property
-    def autocommit(self) -> bool:
-        return self._logical.autocommits
-
-    def set_isolation_level(self, level: str) -> None:
-        self.rollback()
-        self.isolation_level, self._logical.autocommits = level, level == "autocommit"
-
-
-class _Closed:
-    """A connection of asyncpg that the network has broken."""
-
-    @staticmethod
-    def is_closed() -> bool:
-        return True
-
-
-class _Psycopg(LogicalConnection):
-    """What SQLAlchemy's dialect for psycopg sets and asks for."""
-
-    deferrable: bool | None = None
-
-    @property
-    def closed(self) -> bool:
-        return self._logical.lost
-
-    broken = closed
-
-    @property
-    def read_only(self) -> bool:
-        return self._logical.read_only
-
-    def set_read_only(self, value: bool | None) -> None:  # noqa: FBT001  # psycopg's
-        self._logical.read_only = bool(value)
-
-    def set_deferrable(self, value: bool | None) -> None:  # noqa: FBT001  # psycopg's
-        self.deferrable = value
-
-    def set_isolation_level(self, value: object) -> None:
-        """Do nothing: the sandbox has one level."""
-
-    @property
-    def autocommit(self) -> bool:
-        return self._logical.autocommits
-
-    @autocommit.setter
-    def autocommit(self, value: bool) -> None:
-        self._logical.autocommits = value
-
-    def set_autocommit(self, value: bool) -> None:  # noqa: FBT001  # psycopg's
-        self._logical.autocommits = value
-
-    def tpc_begin(self, _: object) -> None:
-        """Do nothing: the transaction begins with its first statement."""
-
-    def tpc_prepare(self) -> None:
-        self._logical.server.check()
-
-    def tpc_commit(self, _: object = None) -> None:
-        self.commit()
-
-    def tpc_rollback(self, _: object = None) -> None:
-        self.rollback()
-
-
-class _Mysql(LogicalConnection):
-    """What SQLAlchemy's dialects for MariaDB set and ask for."""
-
-    def autocommit(self, value: bool) -> None:  # noqa: FBT001  # MariaDB's drivers'
-        self._logical.autocommits = value
-
-    def get_autocommit(self) -> bool:
-        return self._logical.autocommits
-
-
-class _Sqlite(LogicalConnection):
-    """What SQLAlchemy's dialect for SQLite sets and asks for."""
-
-    @property
-    def isolation_level(self) -> str | None:
-        return None if self._logical.autocommits else ""
-
-    @isolation_level.setter
-    def isolation_level(self, value: str | None) -> None:
-        self._logical.autocommits = value is None
-
-
-_KINDS: Final = MappingProxyType[str, type[LogicalConnection]](
-    {
-        "asyncpg": _Asyncpg,
-        "psycopg": _Psycopg,
-        "aiomysql": _Mysql,
-        "asyncmy": _Mysql,
-        "aiosqlite": _Sqlite,
-    }
-)
-
-
-def looks_at_driver(listener: object) -> bool:
-    """Whether a listener to a pool's events looks at the connection itself, which others may use."""
-    return getattr(listener, "__module__", None) in {liveness.__name__, loops.__name__}
-
-
-def knows(engine: Engine) -> bool:
-    """Whether there are logical connections for an engine's driver."""
-    return engine.dialect.driver in _KINDS
-
-
-def logical_connection(engine: Engine, logical: Logical) -> LogicalConnection:
-    """Return a logical connection for SQLAlchemy's dialect of an engine."""
-    return _KINDS[engine.dialect.driver](logical)

@@ -14,7 +14,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 from .._arguments.checks import positive
-from .._dialects.logical import knows, looks_at_driver
+from .._dialects.adapters import knows, looks_at_driver
 from .._dialects.loops import renew_queue
 from .._session.cancellation import to_completion
 from .._unit.place import Handle

@@ -10,8 +10,9 @@ from weakref import ref
 from attrs import Factory, define
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from .._dialects.adapters import logical_connection
 from .._dialects.begin import commits_by_itself
-from .._dialects.logical import Logical, LogicalConnection, logical_connection
+from .._dialects.logical import Logical, LogicalConnection
 from .._dialects.meaning import commits_implicitly
 from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
@@ -106,6 +107,10 @@ class SandboxServer:
                 self.end(transaction, commit=False)
                 transaction.lost = True
                 raise connection_lost(self.connection.engine)
+
+    def is_open(self, transaction: Logical) -> bool:
+        """Whether a transaction has begun."""
+        return transaction in self._open
 
     def enter(self, transaction: Logical) -> None:
         """Begin a transaction, or go on with it once those inside it have ended."""
