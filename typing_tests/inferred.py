@@ -785,6 +785,7 @@ async def tested(app: ASGIApp, failure: CommitFailure) -> None:
         assert_type(box.statements, list[str])
         assert_type(box.commits, int)
         assert_type(box.rollbacks, int)
+        assert_type(box.hooks_run, int)
         assert_type(box.assert_statements(at_most=3), None)
         assert_type(box.fail_commit(), None)
         assert_type(box.fail_commit(failure, on=orders), None)

@@ -93,6 +93,7 @@ async def test_hooks_run_at_the_outcome_of_their_unit(sandboxed: Site, box: Sand
         unit.on_rollback(lambda: ran.append("rollback"))
         unit.session.add(Note(text="hooked"))
     assert ran == ["commit: ['before', 'hooked']"]
+    assert box.hooks_run == 1
 
 
 async def test_gather_and_task_group_take_turns(sandboxed: Site, box: Sandbox) -> None:

@@ -146,6 +146,8 @@ class Hooks:
 
     async def _call(self, hook: RegisteredHook) -> None:
         """Run a hook; tasks that it starts know it by their context."""
+        if self.shared.count_hook is not None:
+            self.shared.count_hook()
         call = RunningHook(self)
         token = self.shared.running.set((*self.shared.running.get(), call))
         try:

@@ -61,6 +61,8 @@ class Shared:
     """The bound engine, to which most connections belong."""
     unbuffered: bool = False
     """There are streams that another statement would cut short."""
+    count_hook: Callable[[], None] | None = None
+    """The function by which an open test sandbox counts the hooks that run."""
     awaited: WeakKeyDictionary[asyncio.Task[Any], asyncio.Task[Any]] = Factory(
         WeakKeyDictionary["asyncio.Task[Any]", "asyncio.Task[Any]"]
     )

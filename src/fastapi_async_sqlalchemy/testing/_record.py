@@ -42,6 +42,7 @@ class Sandbox:
     statements: list[str] = Factory(list[str])
     _commits: int = 0
     _rollbacks: int = 0
+    _hooks_run: int = 0
     _failures: list[_Failure] = Factory(list[_Failure])
 
     @property
@@ -53,6 +54,11 @@ class Sandbox:
     def rollbacks(self) -> int:
         """How many transactions that wrote something, or tried to, were rolled back."""
         return self._rollbacks
+
+    @property
+    def hooks_run(self) -> int:
+        """How many hooks of units have run, those that failed among them; ``on_begin`` hooks do not count."""
+        return self._hooks_run
 
     def assert_statements(self, *, at_most: int) -> None:
         """Raise ``AssertionError`` if the application has sent more; ``statements.clear()`` starts anew."""
@@ -78,6 +84,10 @@ class Sandbox:
     def lose_connection(self, *, on: SessionProxy[AsyncSession] | None = None) -> None:
         """Make the next statement find its connection lost; its transaction is rolled back."""
         self._failures.append(_Failure(None, _watch(on)))
+
+    def _count_hook(self) -> None:
+        """Count a hook that is about to run."""
+        self._hooks_run += 1
 
     def _ended(self, *, committed: bool) -> None:
         """Record the end of a transaction that has written."""

@@ -122,7 +122,7 @@ class _Takeover:
         """Take in the engines of a database, those that it has and those that it will have."""
         if watch.taken_in is not None:
             raise SandboxError(_OPEN)
-        watch.taken_in = partial(self.take, watch)
+        watch.taken_in, watch.count_hook = partial(self.take, watch), self.box._count_hook
         self.watches.append(watch)
         for engine in watch.loops.engines:
             self.take(watch, engine)
@@ -161,7 +161,7 @@ class _Takeover:
     async def end(self) -> None:
         """Undo everything, and give the engines their own pools again."""
         for watch in self.watches:
-            watch.taken_in = None
+            watch.taken_in = watch.count_hook = None
         disposed = [one.own for one in self.taken if one.give_back()]
         for server in self.servers.values():
             await server.close()
