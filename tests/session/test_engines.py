@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    PartialCommitError,
     PoolTimeoutError,
     UnexpectedRollbackError,
     UnitOfWork,
@@ -264,7 +265,10 @@ async def test_level_that_the_other_database_lacks(
 
 @pytest.mark.parametrize("way", [WAYS["bind_arguments"]], ids=["bind_arguments"])
 async def test_one_of_two_commits(routed: Routed, log: Log) -> None:
-    """Where a COMMIT fails on one engine, no `on_commit` hook runs, and no connection is lost."""
+    """Where a COMMIT fails on one engine, no `on_commit` hook runs, and no connection is lost.
+
+    SQLAlchemy commits the engines in no certain order.
+    """
 
     async def work() -> None:
         async with routed.db(commit_on_exit=True) as unit:
@@ -273,7 +277,7 @@ async def test_one_of_two_commits(routed: Routed, log: Log) -> None:
             await unit.session.flush()
             await routed.send(TEA)
 
-    with pytest.raises(IntegrityError):
+    with pytest.raises((IntegrityError, PartialCommitError)):
         await work()
     assert "committed" not in log
     assert routed.out() == [0, 0]

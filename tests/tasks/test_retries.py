@@ -412,4 +412,7 @@ def test_without_stamina(tmp_path: Path) -> None:
     command = [sys.executable, "-I", "-S", "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # the program above
     assert (run.returncode, run.stderr) == (0, "")
-    assert re.fullmatch(r"retries need .* fastapi-async-sqlalchemy\[retries\]\.\n", run.stdout)
+    refusal = r"retries need .* fastapi-async-sqlalchemy\[retries\]\.\n\(Background on .*\)\n"
+    assert re.fullmatch(refusal, run.stdout)
+        r"retries need .* fastapi-async-sqlalchemy\[retries\]\.\n\(Background on .*\)\n", run.stdout
+    )

@@ -132,7 +132,8 @@ def sandbox_template():
 
 @pytest.fixture
 def sandbox_app(sandbox_url):
-    assert sandbox_url.count(os.environ["PYTEST_XDIST_WORKER"]) == 1
+    name = sandbox_url.partition("?")[0].rpartition("/")[2]  # the folder may name an outer worker
+    assert name.count(os.environ["PYTEST_XDIST_WORKER"]) == 1
     os.environ["URL"], before = sandbox_url, os.environ["URL"]
     yield create_app()
     os.environ["URL"] = before

@@ -304,7 +304,12 @@ class Hiding:
         await self._wrapped(scope, receive, send)
 
 
-@pytest.mark.parametrize("hiding", [Hiding, lambda app: Hiding(app).__call__], ids=["class", "function"])
+def hide(app: ASGIApp) -> ASGIApp:
+    """Wrap an application in a function."""
+    return Hiding(app).__call__
+
+
+@pytest.mark.parametrize("hiding", [Hiding, hide], ids=["class", "function"])
 async def test_stack_with_a_middleware_that_hides_the_application(sqlite_url: str, hiding: Any) -> None:
     """The application is known although a middleware in between does not show it."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)

@@ -177,5 +177,6 @@ def request_of(inside: Place[Any]) -> str | None:
     for place in around(inside):
         scope: Scope | None = getattr(place, "_scope", None)
         if scope is not None:
-            return f"{scope['method']} {scope['path']}"
+            # an application that is called in process may be given less than ASGI demands
+            return " ".join(str(scope[key]) for key in ("method", "path") if key in scope)
     return None
