@@ -414,5 +414,3 @@ def test_without_stamina(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
     refusal = r"retries need .* fastapi-async-sqlalchemy\[retries\]\.\n\(Background on .*\)\n"
     assert re.fullmatch(refusal, run.stdout)
-        r"retries need .* fastapi-async-sqlalchemy\[retries\]\.\n\(Background on .*\)\n", run.stdout
-    )
