@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from campaign.promise import ROUTES
 from campaign.watch import Watch
 from fastapi_async_sqlalchemy import PartialCommitError, PoolTimeoutError
 
@@ -65,10 +66,17 @@ class Case:
         self.done.append(name)
         self.ended[database] += 1
 
+    def _committed_on(self, database: str) -> None:
+        """Note the transaction of this route that a database has committed."""
+        for transaction in ROUTES[self.route].transactions:
+            if transaction.database == database and transaction.settled in {"response", "own"}:
+                self.committed(transaction.name, database)
+
     def failed(self, error: BaseException) -> None:
         """Note what an error says of the COMMITs that were begun."""
         if isinstance(error, PartialCommitError):
-            self.committed("response")
+            for name in error.committed:
+                self._committed_on(_database(name))
             cause = error.__cause__
             if cause is not None:
                 self.failed(cause)
@@ -88,6 +96,15 @@ def cut_short(error: BaseException) -> bool:
 current: ContextVar[Case] = ContextVar("current")
 
 
+_databases: dict[str, str] = {}
+"""The databases by the end of their URLs, which errors show."""
+
+
+def _database(name: str) -> str:
+    """Return the database that an error names."""
+    return next(database for end, database in _databases.items() if end in name)
+
+
 def follow(database: str, engine: AsyncEngine) -> None:
     """Note each COMMIT that is begun on an engine in the case of its request."""
 
@@ -97,6 +114,7 @@ def follow(database: str, engine: AsyncEngine) -> None:
             case.begun[database] += 1
 
     event.listen(engine.sync_engine, "commit", note)
+    _databases[f"/{engine.url.database}"] = database
 
 
 @define(eq=False)
