@@ -142,6 +142,22 @@ async def _make_tables(url: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("mounted", [False, True])
+def test_pair_that_was_left_out(sqlite_url: str, test_client: "type[TestClient]", *, mounted: bool) -> None:
+    """Startup refuses an application whose other pair would write for good, that of a mounted one as well."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    forgotten, other = create_middleware_and_session_proxy(AsyncSession)
+    app, inner = FastAPI(), FastAPI()
+    app.add_middleware(middleware, db_url=sqlite_url)
+    (inner if mounted else app).add_middleware(forgotten, db_url=sqlite_url)
+    app.mount("/inner", inner)
+    refused = pytest.raises(SandboxError, match="whose writes would stay: give SandboxedApp, or the fixture")
+    with refused, test_client(SandboxedApp(app, db)):
+        pass
+    with test_client(SandboxedApp(app, db, other)):
+        pass
+
+
 def test_wrapper_counts_and_refuses(sqlite_url: str, test_client: "type[TestClient]") -> None:
     """The wrapper's sandbox is at hand once the application has started, and it says so before."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)

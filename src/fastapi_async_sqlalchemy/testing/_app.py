@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from .._unit.place import Handle
 from ..exceptions import SandboxError
+from ..middleware import SQLAlchemyMiddleware
 from ._sandbox import sandbox
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from .._proxy import SessionProxy
+    from .._unit.database import Database
     from ._record import Sandbox
 
 _NOT_STARTED: Final = (
@@ -24,6 +29,7 @@ class SandboxedApp:
     """ASGI application that runs another one inside ``sandbox(*databases)``, from startup to shutdown.
 
     ``with TestClient(SandboxedApp(app, db)) as client:`` opens the sandbox in the event loop of the client.
+    Startup raises ``SandboxError`` if the application has a pair that was left out.
     """
 
     def __init__(
@@ -50,9 +56,36 @@ class SandboxedApp:
                 raise SandboxError(_NOT_STARTED)
             await self._app(scope, receive, send)
             return
+        self._require_all()
         async with sandbox(*self._databases, timeout=self._timeout) as self._box:
             self._running = True
             try:
                 await self._app(scope, receive, send)
             finally:
                 self._running = False
+
+    def _require_all(self) -> None:
+        """Refuse an application that would write past the sandbox, unless engines were given in its place."""
+        named = [one._database for one in self._databases if isinstance(one, Handle)]
+        for database in _databases_of(self._app):
+            if database not in named and len(named) == len(self._databases):
+                reason = (
+                    f"the application has a middleware of {database.name}, whose writes would stay: give "
+                    "SandboxedApp, or the fixture sandbox_databases, the proxy of each pair"
+                )
+                raise SandboxError(reason)
+
+
+def _databases_of(app: Any) -> Iterator[Database[Any]]:
+    """Yield the databases of an application's middlewares, and of those of mounted applications."""
+    if isinstance(app, SQLAlchemyMiddleware):
+        yield app._database
+    for middleware in getattr(app, "user_middleware", ()):
+        if isinstance(middleware.cls, type) and issubclass(middleware.cls, SQLAlchemyMiddleware):
+            yield middleware.cls._database
+    inner = [route.app for route in getattr(app, "routes", ()) if hasattr(route, "app")]
+    if hasattr(app, "app"):
+        inner.append(app.app)
+    for one in inner:
+        if hasattr(one, "user_middleware") or isinstance(one, SQLAlchemyMiddleware):
+            yield from _databases_of(one)
