@@ -296,8 +296,8 @@ async def test_stack_that_is_built_again(sqlite_url: str, how: str, when: str) -
 class Hiding:
     """A middleware that shows nobody which application it wraps."""
 
-    def __init__(self, wrapped: ASGIApp) -> None:
-        self._wrapped = wrapped
+    def __init__(self, app: ASGIApp) -> None:
+        self._wrapped = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on."""

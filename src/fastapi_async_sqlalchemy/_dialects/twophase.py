@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
@@ -49,6 +50,8 @@ def finish_in_one(engine: Engine, dialect: Any) -> None:
     SQLAlchemy follows each COMMIT PREPARED by BEGIN and ROLLBACK, and asyncpg prepares every statement.
     psycopg names a transaction when it begins, but the witness gets its name when it is prepared.
     """
+    if dialect.driver == "asyncpg" and not _cursors_ask_server():
+        return
     dialect.do_begin_twophase = partial(PGDialect.do_begin_twophase, dialect)
     dialect.do_prepare_twophase = _prepare
     dialect.do_commit_twophase = partial(_finish, "COMMIT", dialect.do_commit)
@@ -61,6 +64,12 @@ def finish_in_one(engine: Engine, dialect: Any) -> None:
         )
         dialect.do_execute_no_params = partial(_execute_simply, dialect.do_execute_no_params)
         event.listen(engine.pool, "reset", _end_simply)
+
+
+def _cursors_ask_server() -> bool:
+    """Whether asyncpg's cursors look for a transaction at the server, not among its own: since 0.32."""
+    major, minor = version("asyncpg").split(".")[:2]
+    return (int(major), int(minor)) >= (0, 32)
 
 
 def _prepare(connection: Connection, xid: str) -> None:
