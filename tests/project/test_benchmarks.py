@@ -16,6 +16,7 @@ from benchmarks.contenders import OURS
 from benchmarks.measuring import Plan
 from benchmarks.trips import WORKS
 from tests.support.databases import fresh_database
+from tests.support.versions import asyncpg_asks_server
 
 
 @pytest.mark.slow
@@ -50,7 +51,8 @@ async def test_round_trips(postgresql_server: URL, databases: ExitStack) -> None
     assert counted["asyncpg", "one SELECT of a unit that waits"] == ("4",)
     assert counted["asyncpg", "first SELECT of an engine, `pool_warm_up=1`"] == ("4",)
     assert counted["asyncpg", "one SELECT, `pgbouncer_engine_args()`"] == ("4", "2")
-    assert counted["asyncpg", "`atomic()` of two, one UPDATE each"] == ("9",)
+    if asyncpg_asks_server:
+        assert counted["asyncpg", "`atomic()` of two, one UPDATE each"] == ("9",)
     assert trips_chart(found, trips.COLUMNS).count("<rect") > 4 * len(WORKS)
     assert trips.table(found).count("\n") == len(found) + 2
 

@@ -15,6 +15,9 @@ survives_cancellation = pytest.mark.skipif(
 )
 """For tests that cancel a task, or end a unit, in the middle of a statement."""
 
+asyncpg_asks_server = [int(part) for part in version("asyncpg").split(".")[:2]] >= [0, 32]
+"""Whether asyncpg's cursors look for a transaction at the server, not among its own."""
+
 knows_aioodbc = _RELEASE >= (2, 0, 23)
 """Whether SQLAlchemy knows an asyncio driver that the tests do not install."""
 

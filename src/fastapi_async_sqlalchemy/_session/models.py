@@ -94,8 +94,8 @@ class Models:
         if statement is not None:
             for element in iterate(statement):
                 if isinstance(element, Table):
-                    table = cast("Table", element)
-                    self._require_table(table.metadata.tables.get(table.key, table), session)
+                    own: Any = element.metadata.tables.get(element.key, element)  # some are derived
+                    self._require_table(own, session)
         setattr(compiled, _ATTRIBUTE, self)
 
     def _require_table(self, table: Table, session: StatefulSession) -> None:
