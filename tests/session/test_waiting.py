@@ -159,9 +159,11 @@ async def test_tasks_of_a_hook(patient: Site) -> None:
     refused: list[BaseException | int | None] = []
     async with patient.db() as unit:
 
+        async def read() -> int | None:
+            return await unit.session.scalar(select(1))
+
         async def hook() -> None:
-            read = unit.session.scalar(select(1))
-            refused.extend(await asyncio.gather(read, return_exceptions=True))
+            refused.extend(await asyncio.gather(read(), return_exceptions=True))
 
         unit.on_commit(hook)
         await unit.session.execute(select(1))
