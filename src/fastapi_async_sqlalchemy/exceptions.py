@@ -119,7 +119,7 @@ class MissingSessionError(FastAPIAsyncSQLAlchemyError, LookupError):
 
     Raised by ``db.session`` and ``db.unit`` outside a request and outside ``async with db():``. It is also
     raised where the middleware deliberately binds no unit: in a WebSocket, on an excluded path. In a
-    ``multi_sessions`` block it is raised in a thread whose task has not asked for a unit itself.
+    ``db.per_task()`` block it is raised in a thread whose task has not asked for a unit itself.
     """
 
     def __init__(self, database: str, place: str, remedy: str) -> None:

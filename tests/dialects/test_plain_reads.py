@@ -491,11 +491,12 @@ async def test_trips(url: str) -> None:
 
 
 async def test_in_a_sandbox(url: str, judge: Judge) -> None:
-    """In a test's sandbox all reads are in its one transaction, and see what that has written."""
+    """In a test's sandbox all reads are in its one transaction, and see its writes; only they count."""
     async with connected(url) as db:
-        async with sandbox(db):
+        async with sandbox(db) as box:
             async with db(commit_on_exit=True) as unit:
                 assert await unit.session.scalar(READ) is None
+                box.assert_statements(at_most=1)
                 unit.session.add(Note(text="in the sandbox"))
             async with db() as unit:
                 assert await unit.session.scalar(READ) == "in the sandbox"

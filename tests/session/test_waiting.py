@@ -154,6 +154,26 @@ async def test_deadlock_is_seen(patient: Site) -> None:
         await unit.rollback()
 
 
+async def test_tasks_of_a_hook(patient: Site) -> None:
+    """A hook's own tasks are refused at once, however the hook waits for them: it holds the session."""
+    refused: list[BaseException | int | None] = []
+    async with patient.db() as unit:
+
+        async def read() -> int | None:
+            return await unit.session.scalar(select(1))
+
+        async def hook() -> None:
+            refused.extend(await asyncio.gather(read(), return_exceptions=True))
+
+        unit.on_commit(hook)
+        await unit.session.execute(select(1))
+        async with asyncio.timeout(4):  # the pool's is longer
+            await unit.commit()
+    [error] = refused
+    assert isinstance(error, ConcurrentUseError)
+    assert "which waits for that task" in str(error)
+
+
 async def test_unit_that_ends_meanwhile(patient: Site) -> None:
     """A task that waits while its unit ends is served or told so, and leaves no connection behind."""
     begun, goes_on = asyncio.Event(), asyncio.Event()
@@ -191,4 +211,26 @@ async def test_middleware_option(sqlite_url: str) -> None:
         async with db() as unit:
             with pytest.raises(ConcurrentUseError):
                 await asyncio.gather(*[unit.session.scalar(select(literal(number))) for number in range(4)])
+        db.unbind()
+
+
+async def test_middleware_option_without_its_engine(sqlite_url: str) -> None:
+    """It outlasts a change of the engine while the application runs, and ends with the application."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    app.add_middleware(middleware, concurrent_use="wait")
+
+    async def reads() -> list[int | None]:
+        async with db() as unit:
+            return list(await asyncio.gather(*[unit.session.scalar(select(literal(n))) for n in range(4)]))
+
+    async with engine_with_tables(sqlite_url) as first, engine_with_tables(sqlite_url) as second:
+        db.bind(first)
+        async with asgi_client(app):
+            assert await reads() == [0, 1, 2, 3]
+            db.unbind()
+            db.bind(second)
+            assert await reads() == [0, 1, 2, 3]
+        with pytest.raises(ConcurrentUseError):
+            await reads()
         db.unbind()

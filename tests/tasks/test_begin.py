@@ -125,13 +125,20 @@ async def test_connection_that_commits(sqlite_url: str) -> None:
             await unit.session.flush()
         async with db() as unit:
             assert await unit.session.scalar(COUNT) == 1
+    used_again = db.connect(sqlite_url, commit_on_exit=True)
+    for number in range(2, 4):
+        async with used_again:
+            async with db() as unit:
+                unit.session.add(Mark(text="kept each time"))
+            async with db() as unit:
+                assert await unit.session.scalar(COUNT) == number
     commits, _ = pairs()
     async with commits.connect(sqlite_url, commit_on_exit=False):
         async with commits() as unit:
             unit.session.add(Mark(text="lost, too"))
             await unit.session.flush()
         async with commits() as unit:
-            assert await unit.session.scalar(COUNT) == 1
+            assert await unit.session.scalar(COUNT) == 3
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, 1), (True, 1), (False, 0)])

@@ -492,7 +492,7 @@ async def call_back(function: Callable[[], object]) -> None:
 Elsewhere = Callable[[Callable[[], object]], Awaitable[object]]
 elsewhere = pytest.mark.parametrize("elsewhere", [asyncio.to_thread, anyio.to_thread.run_sync, call_back])
 UNKNOWN_TASK = (
-    r"has no unit of work for a thread or a callback of a multi_sessions block, which may be any task's: "
+    r"has no unit of work for a thread or a callback of a db.per_task\(\) block, which may be any task's: "
     r"take `session = db\.session` in the task and hand that over, or open `async with db\(\):` around "
 )
 

@@ -90,7 +90,7 @@ async def test_request_that_nobody_observes(sqlite_url: str, make_site: MakeSite
 
 @SHOWN
 async def test_units_of_tasks(sqlite_url: str, judge_for: JudgeFor) -> None:
-    """A unit of a block of `multi_sessions` is found, too."""
+    """A unit of a block of `db.per_task()` is found, too."""
     async with open_observed(sqlite_url, judge_for, **TIGHT) as site, site.db(multi_sessions=True) as unit:
         await unit.session.scalar(select(Note.text))
 

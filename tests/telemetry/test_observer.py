@@ -5,12 +5,14 @@ import re
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Connection, event, insert, select, text
+from sqlalchemy import Connection, Engine, event, insert, inspect, literal, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    EngineAlreadyBoundError,
     Observer,
     PoolTimeoutError,
     UnitStats,
@@ -19,9 +21,9 @@ from fastapi_async_sqlalchemy import (
 from tests.support.databases import JudgeFor
 from tests.support.hooks import BoomError
 from tests.support.observing import Broken, Recorder, open_observed
-from tests.support.serving import asgi_client
+from tests.support.serving import asgi_client, run_lifespan
 from tests.support.site import MakeSite, complaints
-from tests.support.tables import ORPHAN, Note, Reply
+from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 from tests.support.versions import survives_cancellation
 
 COMMITTED = ["opened", "wait", "connection", "committed", "1 hooks", "closed"]
@@ -240,6 +242,54 @@ async def test_unit_that_ends_in_the_middle_of_a_statement(
         assert recorder.moments.count("closed") == 1
         assert recorder.moments[-1] == "closed"
         assert len(recorder.transactions) == 1
+
+
+async def test_engine_of_an_observed_session(
+    database_url: str, judge_for: JudgeFor, recorder: Recorder
+) -> None:
+    """The caller's own connections by a session's engine work, and are no part of the unit."""
+
+    def look(session: Session) -> list[str]:
+        engine = session.get_bind()
+        assert isinstance(engine, Engine)
+        with engine.begin() as connection:
+            assert connection.scalar(select(literal(1))) == 1
+        return inspect(engine).get_table_names()
+
+    async with open_observed(database_url, judge_for, recorder) as site, site.db() as unit:
+        await unit.session.scalar(select(Note.text))
+        assert "note" in await unit.session.run_sync(look)
+        assert unit.stats.statements == 1
+
+
+async def test_limits_outlast_the_observers(sqlite_url: str, recorder: Recorder) -> None:
+    """Units of one block share its engine, those that nobody observes any more too."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    app.add_middleware(middleware, observers=[recorder])
+
+    async def read() -> None:
+        await db.session.scalar(select(Note.text))
+
+    async with engine_with_tables(sqlite_url) as engine:
+        db.bind(engine)
+        async with db.per_task(max_concurrent=2):
+            async with run_lifespan(app):
+                await asyncio.create_task(read())
+            await asyncio.create_task(read())
+        db.unbind()
+    assert len(recorder.units) == 1
+
+
+async def test_refused_middleware_observes_nothing(sqlite_url: str, recorder: Recorder) -> None:
+    """A middleware whose engine is refused leaves no observer behind."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    async with db.connect(sqlite_url):
+        with pytest.raises(EngineAlreadyBoundError):
+            middleware(FastAPI(), sqlite_url, observers=[recorder])
+        async with db() as unit:
+            await unit.session.scalar(select(literal(1)))
+    assert recorder.moments == []
 
 
 async def test_statistics_need_an_observer(sqlite_url: str, judge_for: JudgeFor) -> None:

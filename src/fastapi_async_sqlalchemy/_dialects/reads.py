@@ -71,6 +71,11 @@ def is_plain(statement: str) -> bool:
     return True
 
 
+def asks_for_facts(statement: str) -> bool:
+    """Whether a statement is this module's own query, which no application has sent."""
+    return statement.startswith(_FACTS.partition("EXISTS")[0])
+
+
 def require_read_committed(engine: Engine, *, asked: bool) -> None:
     """Raise ``ConfigurationError`` for an engine whose reads need a transaction.
 

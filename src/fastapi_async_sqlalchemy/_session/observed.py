@@ -53,14 +53,19 @@ class ObservedEngines:
         meters = {meter for meter in self._meters.values() if meter.held_since is not None}
         return sorted(meters, key=lambda meter: meter.held_since or 0.0)
 
+    # user code may connect by the same engine, which `get_bind()` returns: such connections have no meter
+
     def _before(self, connection: Connection, _: object, statement: str, *_rest: object) -> None:
-        self._meters[connection].statement_sent(statement, writes=writes(statement, verb_of(statement)))
+        if (meter := self._meters.get(connection)) is not None:
+            meter.statement_sent(statement, writes=writes(statement, verb_of(statement)))
 
     def _after(self, connection: Connection, cursor: DBAPICursor, *_: object) -> None:
-        self._meters[connection].rows_counted(cursor.rowcount)
+        if (meter := self._meters.get(connection)) is not None:
+            meter.rows_counted(cursor.rowcount)
 
     def _commit(self, connection: Connection, *_: object) -> None:
-        self._meters[connection].commit_began()
+        if (meter := self._meters.get(connection)) is not None:
+            meter.commit_began()
 
 
 @define(eq=False, repr=False)

@@ -9,6 +9,7 @@ from attrs import Factory, define
 from sqlalchemy.pool import QueuePool
 
 from ..exceptions import ConcurrentUseError, UnitClosedError
+from .hooks import in_hook_of
 from .state import task_name
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ async def wait_for_turn(state: SessionState, task: asyncio.Task[Any], operation:
     """
     shared, turn = state.shared, Turn(task, operation)
     attempt = f"{task_name(task)} called {operation}()"
-    if _is_deadlock(shared, task, state.holder):
+    if in_hook_of(state.hooks) or _is_deadlock(shared, task, state.holder):  # a hook may wait for its tasks
         busy = f"{task_name(state.holder)} is in the middle of {state.operation}(), which waits for that task"
         raise ConcurrentUseError(shared.name, attempt, busy, _DEADLOCK)
     state.turns += (turn,)

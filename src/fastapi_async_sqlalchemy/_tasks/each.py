@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
-_IN_A_THREAD: Final = "for a thread or a callback of a multi_sessions block, which may be any task's"
+_IN_A_THREAD: Final = "for a thread or a callback of a db.per_task() block, which may be any task's"
 _HAND_OVER: Final = (
     "take `session = db.session` in the task and hand that over, or open `async with db():` around the call"
 )
@@ -38,7 +38,7 @@ _SEVERAL: Final = "several units of work could not be committed"
 
 @define(eq=False, repr=False)
 class TaskUnits(Place[S_co]):
-    """The variable's value inside ``async with db(multi_sessions=True):``.
+    """The variable's value inside ``async with db.per_task():``.
 
     It refers to tasks weakly, so that a task that has ended leaves nothing behind.
     """
@@ -176,7 +176,7 @@ class TaskUnits(Place[S_co]):
 
 @define(eq=False, repr=False)
 class TaskUnitsScope(OneUse, Generic[S_co]):
-    """The result of ``db(multi_sessions=True)``: a unit for each task that asks for one inside the block."""
+    """The result of ``db.per_task()``: a unit for each task that asks for one inside the block."""
 
     new: UnitScope[S_co]
     units: TaskUnits[S_co] | None = None

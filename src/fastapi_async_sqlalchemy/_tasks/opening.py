@@ -226,7 +226,7 @@ class Connected(Generic[P]):
         self.database.bind(self.engine, self.session_args, by, self.begin)
         if self.observers:
             observe(self.database, self.observers)
-        self.database.commit_on_exit, self.commit_on_exit = self.commit_on_exit, self.database.commit_on_exit
+        self._exchange_default()
         try:
             await warm_up(self.engine, self.warm_up)
         except BaseException as error:
@@ -242,4 +242,9 @@ class Connected(Generic[P]):
         finally:
             self.database.unbind()
             stop_observing(self.database, self.observers)
-            self.database.commit_on_exit = self.commit_on_exit
+            self._exchange_default()
+
+    def _exchange_default(self) -> None:
+        """Put this block's default in the place of the database's, and the other way round at the end."""
+        default, self.database.commit_on_exit = self.database.commit_on_exit, self.commit_on_exit
+        self.commit_on_exit = default

@@ -178,7 +178,7 @@ class Database(Generic[S_co]):
     async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
         """Stop using an engine, and dispose an owned one; another may then be bound."""
         if engine is self._engine:
-            self._live, self.holder, self._watch.waits = False, None, self.waits
+            self._live, self.holder = False, None
             self._watch.leave()
             if self.opening is not None:
                 self.opening.unbind()
@@ -192,7 +192,6 @@ class Database(Generic[S_co]):
         if self.opening is not None:
             self.opening.unbind()
         self._watch.leave()
-        self._watch.waits = self.waits
         self._engine, self._live, self.holder, self._make = None, False, None, None
         self.begin = None
         self._variants.clear()

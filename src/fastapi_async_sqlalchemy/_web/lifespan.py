@@ -94,14 +94,14 @@ class EngineUse:
 
     def begin(self) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
-        if self.observers and not self._observing:
-            self._observing = True
-            observe(self.database, self.observers)
         if self.engine is None:
             self.database.watch_pool(self.watcher)
         else:
             require_room(self.engine, self.warm_up)
             self.database.take(self.engine, self.session_args, self.holder, self.watcher, self.begins)
+        if self.observers and not self._observing:
+            self._observing = True
+            observe(self.database, self.observers)
         if self.waits is not None:
             self.database.shared.waits = self.waits
 
@@ -146,6 +146,7 @@ class EngineUse:
     async def _end(self) -> None:
         """Release the engine; an error while disposing it is logged and not raised."""
         self.database.watch_pool(None)
+        self.database.shared.waits = self.database.waits
         if self.engine is not None:
             try:
                 await self.database.release(self.engine, owned=self.owned)

@@ -14,6 +14,7 @@ from .._dialects.adapters import logical_connection
 from .._dialects.begin import commits_by_itself
 from .._dialects.logical import Logical, LogicalConnection
 from .._dialects.meaning import commits_implicitly
+from .._dialects.reads import asks_for_facts
 from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
 from .._session.cancellation import to_completion
@@ -101,7 +102,7 @@ class SandboxServer:
             self._lose(_OUTLIVES)
         if transaction.read_only and writes(statement, verb):
             self.connection.savepoints.refuse_write()
-        if verb not in _NOT_COUNTED:
+        if verb not in _NOT_COUNTED and not asks_for_facts(statement):
             self.box.statements.append(statement)
             if self.box._loses_connection(self.watches):
                 self.end(transaction, commit=False)
