@@ -1,6 +1,7 @@
 """Observers: what they are told, in which order, of which units, and that they harm nobody."""
 
 import asyncio
+import gc
 import re
 
 import pytest
@@ -290,6 +291,30 @@ async def test_refused_middleware_observes_nothing(sqlite_url: str, recorder: Re
         async with db() as unit:
             await unit.session.scalar(select(literal(1)))
     assert recorder.moments == []
+
+
+async def test_stack_that_is_built_again(sqlite_url: str, recorder: Recorder) -> None:
+    """The observers of a stack that the application has built again are told once, and leave with it."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    app.add_middleware(middleware, db_url=sqlite_url, observers=[recorder], server_timing=True)
+
+    @app.get("/")
+    async def read() -> int | None:
+        return await db.session.scalar(select(literal(1)))
+
+    async with asgi_client(app) as client:
+        for _ in range(2):
+            app.middleware_stack = app.build_middleware_stack()
+            gc.collect()
+            assert (await client.get("/")).json() == 1
+        assert recorder.moments.count("opened") == 2
+    app.middleware_stack = None
+    gc.collect()
+    moments = list(recorder.moments)
+    async with db.connect(sqlite_url), db() as unit:
+        await unit.session.scalar(select(literal(1)))
+    assert recorder.moments == moments
 
 
 async def test_statistics_need_an_observer(sqlite_url: str, judge_for: JudgeFor) -> None:

@@ -3,9 +3,7 @@
 from typing import Any
 
 import pytest
-from asyncpg import PostgresError
 from sqlalchemy import Connection, event, select, text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import (
@@ -76,7 +74,9 @@ async def test_database_that_is_away(postgresql_url: str) -> None:
     with pytest.raises(SessionNotInitialisedError):
         await db.ping()
     async with db.connect(postgresql_url.replace("test_", "nowhere_")):
-        with pytest.raises((DBAPIError, OSError, PostgresError)):  # early SQLAlchemy wraps no such error
+        with pytest.raises(
+            Exception, match='"nowhere_.+" does not exist'
+        ):  # early SQLAlchemy wraps no such error
             await db.ping()
         assert checked_out(db.engine.pool) == 0
         for wrong in (0, -1, "1", None):

@@ -93,9 +93,9 @@ class Models:
         statement: ClauseElement | None = getattr(state, "statement", compiled.statement)
         if statement is not None:
             for element in iterate(statement):
-                if isinstance(element, Table):
-                    own: Any = element.metadata.tables.get(element.key, element)  # some are derived
-                    self._require_table(own, session)
+                if _is_table(element):
+                    table: Any = element  # some are derived, as by an alias
+                    self._require_table(table.metadata.tables.get(table.key, table), session)
         setattr(compiled, _ATTRIBUTE, self)
 
     def _require_table(self, table: Table, session: StatefulSession) -> None:
@@ -190,3 +190,8 @@ def _base_of(model: type) -> str:
         one.__name__ for one in type.mro(model) if metadata is not None and _metadata_of(one) is metadata
     ]
     return names[-1] if names else "another base"
+
+
+def _is_table(element: object) -> bool:
+    """Whether an element is a table; hides its type parameter, which SQLAlchemy 2.0 lacks."""
+    return isinstance(element, Table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any, Final
+from weakref import finalize
 
 from attrs import Factory, define, evolve
 
@@ -56,7 +57,7 @@ class EngineUse:
     engine: AsyncEngine | None = None
     """None if the middleware brings no engine."""
     holder: Holder = Factory(lambda: holder("the middleware of an application", _END_OF_LIFESPAN))
-    _observing: bool = False
+    _observing: finalize[[Database[Any], tuple[Observer, ...]], EngineUse] | None = None
 
     @property
     def owned(self) -> bool:
@@ -99,9 +100,11 @@ class EngineUse:
         else:
             require_room(self.engine, self.warm_up)
             self.database.take(self.engine, self.session_args, self.holder, self.watcher, self.begins)
-        if self.observers and not self._observing:
-            self._observing = True
+        if self.observers and self._observing is None:
             observe(self.database, self.observers)
+            # an application that builds its stack again drops this object without an end of its lifespan
+            self._observing = finalize(self, stop_observing, self.database, self.observers)
+            self._observing.atexit = False
         if self.waits is not None:
             self.database.shared.waits = self.waits
 
@@ -153,9 +156,9 @@ class EngineUse:
             except Exception:
                 name = self.database.name
                 logger.exception("The engine of %s could not be disposed.", name, extra=fields(name))
-        if self._observing:
-            self._observing = False
-            stop_observing(self.database, self.observers)
+        if self._observing is not None:
+            self._observing()
+            self._observing = None
 
 
 def _application(app: object) -> object:

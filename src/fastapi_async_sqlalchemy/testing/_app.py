@@ -76,16 +76,15 @@ class SandboxedApp:
                 raise SandboxError(reason)
 
 
-def _databases_of(app: Any) -> Iterator[Database[Any]]:
+def _databases_of(app: object) -> Iterator[Database[Any]]:
     """Yield the databases of an application's middlewares, and of those of mounted applications."""
-    if isinstance(app, SQLAlchemyMiddleware):
-        yield app._database
-    for middleware in getattr(app, "user_middleware", ()):
-        if isinstance(middleware.cls, type) and issubclass(middleware.cls, SQLAlchemyMiddleware):
-            yield middleware.cls._database
-    inner = [route.app for route in getattr(app, "routes", ()) if hasattr(route, "app")]
-    if hasattr(app, "app"):
-        inner.append(app.app)
-    for one in inner:
-        if hasattr(one, "user_middleware") or isinstance(one, SQLAlchemyMiddleware):
-            yield from _databases_of(one)
+    stack: list[Any] = [app, *(one.cls for one in getattr(app, "user_middleware", ()))]
+    inner: list[Any] = [app, *getattr(app, "routes", ())]
+    for one in stack:
+        kind: object = one if isinstance(one, type) else one.__class__
+        if isinstance(kind, type) and issubclass(kind, SQLAlchemyMiddleware):
+            found: Database[Any] = getattr(one, "_database")  # noqa: B009  # pyright narrows `one` to an unknown
+            yield found
+    for mounted in (getattr(one, "app", None) for one in inner):
+        if hasattr(mounted, "user_middleware"):
+            yield from _databases_of(mounted)
