@@ -74,9 +74,7 @@ async def test_database_that_is_away(postgresql_url: str) -> None:
     with pytest.raises(SessionNotInitialisedError):
         await db.ping()
     async with db.connect(postgresql_url.replace("test_", "nowhere_")):
-        with pytest.raises(
-            Exception, match='"nowhere_.+" does not exist'
-        ):  # early SQLAlchemy wraps no such error
+        with pytest.raises(Exception, match=r'"nowhere_.+" does not exist'):  # early SQLAlchemy wraps none
             await db.ping()
         assert checked_out(db.engine.pool) == 0
         for wrong in (0, -1, "1", None):
