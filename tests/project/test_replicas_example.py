@@ -169,8 +169,13 @@ async def test_sigterm_ends_the_servers_too() -> None:
     with temporary_place() as place:
         async with program(**place.environment) as process:
             assert process.stdout
-            await process.stdout.readuntil(b"Ctrl-C")
+            guide = (await process.stdout.readuntil(b"Ctrl-C")).decode()
             assert len(place.servers()) == 2
+            found = re.search(r"(http://[^/]+)/docs", guide)
+            assert found, guide
+            async with AsyncClient(base_url=found[1], timeout=30) as client:
+                # before it serves, Python's own handler of the signal may break uvloop
+                assert (await client.get("/openapi.json")).status_code == 200
             process.send_signal(signal.SIGTERM)
             _, log = await process.communicate()
         assert process.returncode == 0, log.decode()
