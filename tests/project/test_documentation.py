@@ -92,8 +92,8 @@ def test_page_does_what_it_says(
 
 
 def no_test_client(block: Block) -> str | None:
-    """Say why a block that imports the TestClient cannot: an old Starlette's needs the httpx of its time."""
-    if "fastapi.testclient" not in block.text:
+    """Say why a block that uses the TestClient cannot: an old Starlette's needs the httpx of its time."""
+    if "TestClient" not in block.text:
         return None
     try:
         importlib.import_module("fastapi.testclient")

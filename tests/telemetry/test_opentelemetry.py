@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -294,7 +295,9 @@ async def test_beside_other_instrumentations(postgresql_url: str, telemetry: Tel
         server.context.trace_id if server.context else 0
     }
     theirs = [span for span in spans if (span.attributes or {}).get("db.statement") == "SELECT 1"]
-    assert len(theirs) == 1
+    prepared = import_module("asyncpg.prepared_stmt").PreparedStatement
+    # early instrumentations see no prepared statements, and SQLAlchemy sends no others
+    assert len(theirs) == hasattr(prepared.fetch, "__wrapped__")
     assert [span.name for span in spans].count("COMMIT") >= 2
 
 
