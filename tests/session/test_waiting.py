@@ -54,7 +54,10 @@ async def test_gather_of_reads(patient: Site) -> None:
         await unit.session.flush()
 
         async def read(number: int) -> str | None:
-            return await unit.session.scalar(select(Note.text).where(Note.text == f"note {number}"))
+            text: str | None = await unit.session.scalar(
+                select(Note.text).where(Note.text == f"note {number}")
+            )
+            return text
 
         found = await asyncio.gather(*[read(number) for number in range(3) for _ in range(5)])
     assert found == [f"note {number}" for number in range(3) for _ in range(5)]
@@ -142,7 +145,8 @@ async def test_deadlock_is_seen(patient: Site) -> None:
     async with db() as unit:
 
         async def read() -> int | None:
-            return await unit.session.scalar(select(1))
+            found: int | None = await unit.session.scalar(select(1))
+            return found
 
         async def hook() -> None:
             await db.gather(read())
@@ -160,7 +164,8 @@ async def test_tasks_of_a_hook(patient: Site) -> None:
     async with patient.db() as unit:
 
         async def read() -> int | None:
-            return await unit.session.scalar(select(1))
+            found: int | None = await unit.session.scalar(select(1))
+            return found
 
         async def hook() -> None:
             refused.extend(await asyncio.gather(read(), return_exceptions=True))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -297,7 +298,7 @@ async def test_beside_other_instrumentations(postgresql_url: str, telemetry: Tel
     theirs = [span for span in spans if (span.attributes or {}).get("db.statement") == "SELECT 1"]
     prepared = import_module("asyncpg.prepared_stmt").PreparedStatement
     # early instrumentations see no prepared statements, and SQLAlchemy sends no others
-    assert len(theirs) == hasattr(prepared.fetch, "__wrapped__")
+    assert len(theirs) == (type(vars(prepared)["fetch"]) is not FunctionType)
     assert [span.name for span in spans].count("COMMIT") >= 2
 
 
