@@ -296,9 +296,9 @@ async def test_beside_other_instrumentations(postgresql_url: str, telemetry: Tel
         server.context.trace_id if server.context else 0
     }
     theirs = [span for span in spans if (span.attributes or {}).get("db.statement") == "SELECT 1"]
-    fetch: object = vars(import_module("asyncpg.prepared_stmt").PreparedStatement)["fetch"]
+    prepared: Any = import_module("asyncpg.prepared_stmt").PreparedStatement
     # early instrumentations see no prepared statements, and SQLAlchemy sends no others
-    assert len(theirs) == (type(fetch) is not FunctionType)
+    assert len(theirs) == (type(prepared.fetch) is not FunctionType)
     assert [span.name for span in spans].count("COMMIT") >= 2
 
 
