@@ -128,11 +128,11 @@ UPGRADE ?=
 
 .PHONY: lock
 lock: $(VENV)/.locked ## pin requirements/*.txt again after a change of dependencies (UPGRADE=--upgrade for newer ones)
-	$(compile) requirements/dev.in $(UPGRADE) -o requirements/dev.txt
+	$(compile) requirements/dev.in requirements/guides.in $(UPGRADE) -o requirements/dev.txt
 	{ echo "# The lower bounds of pyproject.toml, exactly; everything else as in dev.txt. Made by make lock."; \
 		$(bin)/uv pip compile --quiet --python-version 3.11 --resolution lowest-direct --no-deps --no-header \
 		--no-annotate --no-emit-index-url --all-extras pyproject.toml; } > requirements/lowest.in
-	for name in lowest sqlalchemy-2.0; do \
-		cp requirements/dev.txt requirements/$$name.txt; \
-		$(compile) requirements/dev.in requirements/$$name.in -o requirements/$$name.txt; done
+	for name in lowest sqlalchemy-2.0; do cp requirements/dev.txt requirements/$$name.txt; done
+	$(compile) requirements/dev.in requirements/lowest.in -o requirements/lowest.txt
+	$(compile) requirements/{dev,guides,sqlalchemy-2.0}.in -o requirements/sqlalchemy-2.0.txt
 	$(lock-only) requirements/dist.in --constraint requirements/dev.txt $(UPGRADE) -o requirements/dist.txt

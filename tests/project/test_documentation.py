@@ -78,6 +78,8 @@ def test_page_does_what_it_says(
 ) -> None:
     """The page's Python runs from top to bottom, its tests too; each curl command gets the answer shown."""
     for block in blocks(page):
+        if block.quoted is not None:
+            continue
         reason = block.reason or no_test_client(block)
         if reason is not None:
             with subtests.test(f"{page_id(page)}:{block.line}"):
@@ -89,6 +91,17 @@ def test_page_does_what_it_says(
                 vars(module).pop(name)()
         elif block.language == "console" and "$ curl" in block.text:
             asyncio.run(replay(block, vars(module)["app"]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_quotes_are_true(page: Path) -> None:
+    """A block titled with an example is part of that file; a line `...` stands for lines left out."""
+    for block in blocks(page):
+        if block.quoted is not None:
+            source = block.quoted.read_text("utf-8")
+            parts = re.split(r"^ *(?:# )?\.\.\.\n", block.text, flags=re.MULTILINE)
+            in_turn = ".*".join(re.escape(part) for part in parts)
+            assert re.search(in_turn, source, re.DOTALL), f"{page_id(page)}:{block.line} is not in the file"
 
 
 def no_test_client(block: Block) -> str | None:

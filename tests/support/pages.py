@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(
     r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs FastAPI (?P<fastapi>[\d.]+)) -->\n+)?"
-    r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    r"```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -27,6 +27,8 @@ class Block:
     text: str
     reason: str | None
     """Why it is not executed; None if it is."""
+    quoted: Path | None = None
+    """The file of the repository that the block is a part of; that file has tests of its own."""
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -35,7 +37,8 @@ def blocks(page: Path) -> Iterator[Block]:
     for found in FENCE.finditer(source):
         line = source.count("\n", 0, found.start("text")) + 1
         reason = found["reason"] or older_fastapi(found["fastapi"])
-        yield Block(page, line, found["language"], found["text"], reason)
+        quoted = ROOT / found["title"] if (found["title"] or "").startswith("examples/") else None
+        yield Block(page, line, found["language"], found["text"], reason, quoted)
 
 
 def older_fastapi(needed: str | None) -> str | None:
@@ -53,7 +56,7 @@ def program(page: Path) -> str:
     """Return a page's Python, each line where it is in the page; shown mistakes are left out."""
     lines = [""] * len(page.read_text("utf-8").splitlines())
     for block in blocks(page):
-        if block.language == "python" and "mistake" not in (block.reason or ""):
+        if block.language == "python" and block.quoted is None and "mistake" not in (block.reason or ""):
             found = block.text.splitlines()
             lines[block.line - 1 : block.line - 1 + len(found)] = found
     return "\n".join(lines).rstrip() + "\n"
