@@ -13,6 +13,7 @@ pytest.importorskip("svcs", reason="requirements/guides.in is not in the lowest 
 
 import svcs
 from dishka import Provider, Scope, make_async_container
+from dishka.integrations.fastapi import DishkaRoute, FromDishka
 from fastapi import APIRouter, Depends, FastAPI
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -126,13 +127,13 @@ async def test_all_ways_lead_to_one_session(notes_url: str) -> None:
     provider = Provider(scope=Scope.REQUEST)
     provider.provide(finalized)
     app.state.dishka_container = make_async_container(by_dishka.DatabaseProvider(), provider)
-    router = APIRouter(route_class=by_dishka.DishkaRoute)
+    router = APIRouter(route_class=DishkaRoute)
 
     @router.get("/same")
     async def same(
-        one: by_dishka.FromDishka[AsyncSession],
+        one: FromDishka[AsyncSession],
         other: Annotated[AsyncSession, Depends(db.dependency)],
-        number: by_dishka.FromDishka[int],
+        number: FromDishka[int],
     ) -> bool:
         return one is other is db.session
 
