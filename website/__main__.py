@@ -21,13 +21,13 @@ def build() -> list[str]:
     ]
     wrong += [f"mkdocs.yml: the nav does not name {page}" for page in set(sources()) - set(listed)]
     wrong += [f"mkdocs.yml: the nav names {page} twice" for page in set(listed) if listed.count(page) > 1]
-    if wrong:
-        return wrong
     prepare(settings)
     if zensical("build", "--strict", "--clean"):
-        return ["zensical found what it says above"]
-    write_llms(settings)
-    return mistakes(SITE, str(settings["site_url"]))
+        wrong.append("zensical refused what it says above")
+    wrong += mistakes(SITE, str(settings["site_url"]))
+    if not wrong:
+        write_llms(settings)
+    return wrong
 
 
 def zensical(*arguments: str) -> int:

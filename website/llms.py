@@ -1,4 +1,4 @@
-"""Texts for language models: the pages as Markdown; `llms.txt`, a line for each; `llms-full.txt`, all of them."""
+"""Texts for language models: each page as Markdown, `llms.txt` with a line of each, `llms-full.txt`."""
 
 import re
 from typing import cast

@@ -22,19 +22,19 @@ class CodesDocstrings(griffe.Extension):
             return
         code = griffe.load(pkg.path, search_paths=[CODE], resolve_aliases=True)
         for module in (pkg, *pkg.modules.values()):
-            overloaded(module)
+            prepare(module)
             for name in module.exports or ():
                 declared = module[str(name)]
                 written = code.modules_collection[module.path].members.get(str(name))
                 if written is not None and not declared.is_alias:
-                    describe(declared, written.final_target if written.is_alias else written)
+                    describe(declared, written.final_target if written.is_alias else written, loader)
 
 
-def overloaded(parent: griffe.Object | griffe.Alias) -> None:
-    """Make a member of each function that has overloads only, as functions of stubs have."""
+def prepare(parent: griffe.Object | griffe.Alias) -> None:
+    """Make a member of each function that has overloads only; drop constructors that nobody may call."""
     if isinstance(parent, griffe.Module | griffe.Class):
         for name, overloads in parent.overloads.items():
-            if name not in parent.members:
+            if overloads and name not in parent.members:
                 first = overloads[0]
                 function = griffe.Function(
                     name,
@@ -45,17 +45,25 @@ def overloaded(parent: griffe.Object | griffe.Alias) -> None:
                 )
                 function.overloads = overloads
                 parent.set_member(name, function)
-        for member in parent.members.values():
-            if not member.is_alias:
-                overloaded(member)
+        for name, member in list(parent.members.items()):
+            if name == "__init__" and "Never" in str(getattr(member, "parameters", "")):
+                parent.del_member(name)  # callers make none
+            elif not member.is_alias:
+                prepare(member)
 
 
-def describe(declared: griffe.Object | griffe.Alias, written: griffe.Object | griffe.Alias) -> None:
+def describe(
+    declared: griffe.Object | griffe.Alias,
+    written: griffe.Object | griffe.Alias,
+    loader: griffe.GriffeLoader,
+) -> None:
     """Add the docstrings of the code, those of inherited members too."""
     if written.docstring is not None and isinstance(declared, griffe.Object):
-        declared.docstring = griffe.Docstring(written.docstring.value, parent=declared)
+        declared.docstring = griffe.Docstring(
+            written.docstring.value, parent=declared, parser=loader.docstring_parser
+        )
     if declared.is_class:
         members = written.all_members
         for name, member in declared.members.items():
             if name in members and not member.is_alias:
-                describe(member, members[name])
+                describe(member, members[name], loader)
