@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from website.check import mistakes
 from website.llms import write_llms
@@ -15,12 +16,7 @@ SECONDS = 0.5
 def build() -> list[str]:
     """Build the site; return what is wrong with it."""
     settings = read_settings()
-    listed = [page for _, page in navigation(settings["nav"])]
-    wrong = [
-        f"mkdocs.yml: the nav names {page}, which does not exist" for page in set(listed) - set(sources())
-    ]
-    wrong += [f"mkdocs.yml: the nav does not name {page}" for page in set(sources()) - set(listed)]
-    wrong += [f"mkdocs.yml: the nav names {page} twice" for page in set(listed) if listed.count(page) > 1]
+    wrong = wrong_in_nav([page for _, page in navigation(settings["nav"])])
     prepare(settings)
     if zensical("build", "--strict", "--clean"):
         wrong.append("zensical refused what it says above")
@@ -28,6 +24,16 @@ def build() -> list[str]:
     if not wrong:
         write_llms(settings)
     return wrong
+
+
+def wrong_in_nav(listed: list[str]) -> list[str]:
+    """Compare the pages that a nav lists with those that there are."""
+    pages = set(sources())
+    return [
+        *(f"mkdocs.yml: the nav names {page}, which does not exist" for page in sorted(set(listed) - pages)),
+        *(f"mkdocs.yml: the nav does not name {page}" for page in sorted(pages - set(listed))),
+        *(f"mkdocs.yml: the nav names {page} twice" for page in sorted(pages) if listed.count(page) > 1),
+    ]
 
 
 def zensical(*arguments: str) -> int:
@@ -38,12 +44,14 @@ def zensical(*arguments: str) -> int:
 
 def serve() -> int:
     """Serve the site and build it anew whenever a page changes; Ctrl+C ends it."""
-    prepare(read_settings())
+    settings = read_settings()
+    prepare(settings)
     ended = threading.Event()
 
     def follow() -> None:
         while not ended.wait(SECONDS):
-            prepare(read_settings())
+            with suppress(OSError):  # a page is being saved
+                prepare(settings)
 
     threading.Thread(target=follow, daemon=True).start()
     try:
