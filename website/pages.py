@@ -58,8 +58,8 @@ def adapt(text: str, file: Path, page: str, repository: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         target = (file.parent / found["path"]).resolve()
-        if not target.is_relative_to(ROOT):
-            return found[0]
+        if not target.is_relative_to(ROOT) or not target.exists():
+            return found[0]  # the check of the built site finds it
         name = target.relative_to(ROOT).as_posix()
         rest = found["rest"] or ""
         if name in OUTSIDE:
