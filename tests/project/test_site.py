@@ -111,6 +111,16 @@ def test_each_page_is_in_the_navigation_once() -> None:
     assert {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")} <= set(pages)
 
 
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda path: path.name)
+def test_pictures_can_be_read_in_the_dark(picture: Path) -> None:
+    """A picture has a title, a ground under all of it, and other colours for a dark mode."""
+    drawn = picture.read_text("utf-8")
+    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawn)[0]
+    assert "<title>" in drawn
+    assert "@media (prefers-color-scheme: dark)" in drawn
+    assert re.search(rf'<rect (class="\w+" )?width="{width}" height="{height}"', drawn)
+
+
 def test_links_that_leave_the_documentation() -> None:
     """On the site they open the page that the file has become, or the file in the repository."""
     text = "[a](../../CHANGELOG.md#unreleased) [b](../../examples/quickstart.py) [c](hooks.md)\n"
