@@ -20,7 +20,7 @@ def build() -> list[str]:
     prepare(settings)
     if zensical("build", "--strict", "--clean"):
         wrong.append("zensical refused what it says above")
-    wrong += mistakes(SITE, str(settings["site_url"]))
+    wrong += mistakes(SITE)
     if not wrong:
         write_llms(settings)
     return wrong

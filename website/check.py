@@ -36,14 +36,13 @@ class Document(HTMLParser):
 read = cache(Document)
 
 
-def mistakes(site: Path, url: str) -> list[str]:
-    """Return what is wrong in a site that is built for a URL, a sentence each."""
+def mistakes(site: Path) -> list[str]:
+    """Return the mistakes in a built site, a sentence each."""
     read.cache_clear()
-    root = urlsplit(url).path
-    return [wrong for file in sorted(site.rglob("*.html")) for wrong in _mistakes(site, root, file)]
+    return [wrong for file in sorted(site.rglob("*.html")) for wrong in _mistakes(site, file)]
 
 
-def _mistakes(site: Path, root: str, file: Path) -> Iterator[str]:
+def _mistakes(site: Path, file: Path) -> Iterator[str]:
     page = file.relative_to(site).as_posix()
     document = read(file)
     for address in document.fetched:
@@ -55,10 +54,8 @@ def _mistakes(site: Path, root: str, file: Path) -> Iterator[str]:
             continue
         target = file
         if parts.path:
-            path = unquote(parts.path)
-            target = (
-                site / path.removeprefix(root) if path.startswith(root) else (file.parent / path).resolve()
-            )
+            base = site if parts.path.startswith("/") else file.parent  # the page for 404 is served anywhere
+            target = (base / unquote(parts.path).lstrip("/")).resolve()
             target = target / "index.html" if target.is_dir() else target
         if not target.is_file():
             yield f"{page} links to {address}, which does not exist"

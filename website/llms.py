@@ -13,7 +13,6 @@ def write_llms(settings: dict[str, object]) -> None:
     """Write them into the built site."""
     described = dict(ENTRY.findall((SOURCES / "index.md").read_text("utf-8")))
     described["index.md"] = str(settings["site_description"]) + "."
-    base = str(settings["site_url"])
     index = [f"# {settings['site_name']}\n", f"> {settings['site_description']}.\n"]
     full: list[str] = []
     for section in cast("list[dict[str, object]]", settings["nav"]):
@@ -22,8 +21,8 @@ def write_llms(settings: dict[str, object]) -> None:
             for title, page in navigation(entries):
                 text = DIRECTIVE.sub(stub, (SOURCES / page).read_text("utf-8"))
                 (SITE / page).write_text(text, "utf-8")
-                index.append(f"- [{title}]({base}{page}): {described.get(page) or first_sentence(text)}")
-                full.append(f"<!-- {base}{page} -->\n\n{text}")
+                index.append(f"- [{title}]({page}): {described.get(page) or first_sentence(text)}")
+                full.append(f"<!-- {page} -->\n\n{text}")
         index.append("")
     (SITE / "llms.txt").write_text("\n".join(index), "utf-8")
     (SITE / "llms-full.txt").write_text("\n".join(full), "utf-8")

@@ -37,20 +37,20 @@ def prepare(settings: dict[str, object]) -> None:
     pages = sources()
     repository = str(settings["repo_url"])
     for page, file in pages.items():
-        write(SOURCES / page, adapt(file.read_text("utf-8"), file, page, repository))
-    others = {path.relative_to(ROOT / "docs").as_posix(): path for path in ROOT.glob("docs/**/*.[js]*")}
+        write(SOURCES / page, adapt(file.read_text("utf-8"), file, page, repository).encode())
+    others = {path.relative_to(ROOT / "docs").as_posix(): path for path in ROOT.glob("docs/**/*.[jps]*")}
     for name, file in others.items():
-        write(SOURCES / name, file.read_text("utf-8"))
+        write(SOURCES / name, file.read_bytes())
     for path in SOURCES.rglob("*.*"):
         if path.relative_to(SOURCES).as_posix() not in pages | others:
             path.unlink()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file unless it has this text already, so that a server builds nothing anew for it."""
-    if not path.exists() or path.read_text("utf-8") != text:
+def write(path: Path, content: bytes) -> None:
+    """Write a file unless it has this content already, so that a server rebuilds nothing for it."""
+    if not path.exists() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        path.write_bytes(content)
 
 
 def adapt(text: str, file: Path, page: str, repository: str) -> str:
