@@ -122,7 +122,7 @@ class Prices:
         return Price.model_validate(product)
 
     async def write(self, number: int, cents: int) -> Price:
-        """Change a price; whoever reads it meanwhile has the old one."""
+        """Change a price; until COMMIT its readers have the old one."""
         product = await db.session.get(Product, number, with_for_update=True)
         if product is None:
             raise HTTPException(404)

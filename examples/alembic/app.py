@@ -1,4 +1,4 @@
-"""A shop with an audit in a database of its own; both are migrated when the application starts."""
+"""A shop and its audit in two databases, which are migrated when the application starts."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager

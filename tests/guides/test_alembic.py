@@ -186,7 +186,7 @@ async def test_constraints_have_names(engine: AsyncEngine) -> None:
 
 
 async def test_processes_migrate_one_at_a_time(postgresql_url: str, judge_for: JudgeFor) -> None:
-    """Two processes wait for whoever migrates; then both succeed, and one of them has done the work."""
+    """Two processes wait while another one migrates; then both succeed, and one of them has done the work."""
     judge, other = await judge_for(postgresql_url), await judge_for(postgresql_url)
     await judge.execute("BEGIN")
     await judge.execute("SELECT pg_advisory_xact_lock(7204119)")

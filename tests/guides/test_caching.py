@@ -59,7 +59,7 @@ async def price(client: AsyncClient) -> object:
 
 
 async def test_price_is_read_from_the_cache(shop_url: str, cache: Cache, judge_for: JudgeFor) -> None:
-    """A second reader asks the cache alone; whoever writes replaces what is there."""
+    """A second reader asks only the cache, and a writer replaces what is there."""
     judge = await judge_for(shop_url)
     async with asgi_client(create_app(shop_url, cache)) as client:
         assert await price(client) == 100
@@ -114,7 +114,7 @@ async def test_expired_price_is_read_again(
 
 @pytest.mark.parametrize(("shared", "seen"), [(False, 100), (True, 200)], ids=["memory", "redis"])
 async def test_other_process(shop_url: str, redis_url: str, *, shared: bool, seen: int) -> None:
-    """Another process has the old price from a cache of its own, and the new one from Redis."""
+    """Another process has the old price from its own cache, and the new one from Redis."""
     async with emptied(redis_url) as of_all:
         make: Callable[[], Cache] = (lambda: of_all) if shared else MemoryCache
         here, there = make(), make()

@@ -44,14 +44,14 @@ def svcs_registry() -> svcs.Registry:
 
 
 async def work_by_dishka(text: str) -> None:
-    """Do a job with a container of its own."""
+    """Do a job with a new container."""
     container = by_dishka.create_container()
     await by_dishka.work(container, text)
     await container.close()
 
 
 async def work_by_svcs(text: str) -> None:
-    """Do a job with a registry of its own."""
+    """Do a job with a new registry."""
     async with svcs_registry() as registry:
         await by_svcs.work(registry, text)
 

@@ -174,7 +174,7 @@ async def test_schema_of_each_tenant(
 
 
 async def test_text_is_not_translated(schemas_url: str) -> None:
-    """SQL of one's own finds the tenant's table by the search path alone."""
+    """SQL in `text()` finds the tenant's table only by the search path."""
     _, pathed = create_middleware_and_session_proxy(AsyncSession)
     pathed.on_open(schemas.set_search_path)
     async with schemas.db.connect(schemas_url), pathed.connect(schemas_url):
