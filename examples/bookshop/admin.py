@@ -1,0 +1,65 @@
+"""The admin, as an option: sqladmin behind a password, on the pool of the application."""
+
+from secrets import compare_digest
+from typing import Any, ClassVar
+
+from fastapi import FastAPI, Request
+from sqladmin import Admin, ModelView
+from sqladmin.authentication import AuthenticationBackend
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from examples.bookshop.models import Book, Message, Order
+
+
+class Password(AuthenticationBackend):
+    """One password for all who may enter."""
+
+    def __init__(self, password: str, secret_key: str) -> None:
+        super().__init__(secret_key, https_only=False, same_site="strict")
+        self._password = password
+
+    async def login(self, request: Request) -> bool:
+        """Let in whoever knows the password."""
+        given = (await request.form()).get("password")
+        known = isinstance(given, str) and compare_digest(given.encode(), self._password.encode())
+        if known:
+            request.session["admin"] = True
+        return known
+
+    async def logout(self, request: Request) -> bool:
+        """Forget that somebody was let in."""
+        request.session.clear()
+        return True
+
+    async def authenticate(self, request: Request) -> bool:
+        """Say whether somebody was let in."""
+        return request.session.get("admin") is True
+
+
+class Books(ModelView, model=Book):
+    """Prices and stock."""
+
+    column_list: ClassVar[list[Any]] = [Book.isbn, Book.title, Book.cents, Book.stock]
+
+
+class Orders(ModelView, model=Order):
+    """Orders, to look at."""
+
+    column_list: ClassVar[list[Any]] = [Order.id, Order.customer, Order.placed_at]
+    can_create = can_edit = can_delete = False
+
+
+class Outbox(ModelView, model=Message):
+    """What is still to be done, and why it failed."""
+
+    column_list: ClassVar[list[Any]] = [Message.id, Message.kind, Message.due_at, Message.attempts, Message.last_error]
+    can_create = can_edit = False
+
+
+def add_admin(app: FastAPI, password: str, secret_key: str) -> async_sessionmaker[AsyncSession]:
+    """Add the admin at /admin; its sessions want the engine, which is there once the application starts."""
+    sessions = async_sessionmaker(class_=AsyncSession)
+    admin = Admin(app, session_maker=sessions, authentication_backend=Password(password, secret_key))
+    for view in (Books, Orders, Outbox):
+        admin.add_view(view)
+    return sessions

@@ -1,0 +1,112 @@
+"""What the environment tells the service: read once at startup, and wrong values all reported together."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from attrs import NOTHING, Attribute, field, fields, frozen
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+PREFIX = "BOOKSHOP_"
+
+
+class SettingsError(Exception):
+    """The environment is not complete, or has values that make no sense; the text has a line for each."""
+
+
+def postgresql(text: str) -> URL:
+    """Read the URL of a database; the password is not in its repr()."""
+    url = make_url(text)
+    if url.drivername != "postgresql+asyncpg":
+        message = "it must begin with postgresql+asyncpg://"
+        raise ValueError(message)
+    return url
+
+
+def redis(text: str) -> str:
+    """Read the URL of a Redis."""
+    if not text.startswith(("redis://", "rediss://")):
+        message = "it must begin with redis:// or rediss://"
+        raise ValueError(message)
+    return text
+
+
+def positive(text: str) -> int:
+    """Read a number above 0."""
+    number = int(text)
+    if number < 1:
+        message = "it must be above 0"
+        raise ValueError(message)
+    return number
+
+
+def secret(text: str) -> str:
+    """Read a secret that is long enough to be one."""
+    if len(text) < 16:
+        message = "it must have at least 16 characters"
+        raise ValueError(message)
+    return text
+
+
+def switch(text: str) -> bool:
+    """Read what is on or off."""
+    if text not in {"on", "off"}:
+        message = "it must be on or off"
+        raise ValueError(message)
+    return text == "on"
+
+
+def setting(
+    read: Callable[[str], object], example: str, *, default: object = NOTHING, shown: bool = True
+) -> Any:
+    """Declare a setting: how its text is read, and an example for the error."""
+    return field(default=default, repr=shown, metadata={"read": read, "example": example})
+
+
+@frozen(kw_only=True)
+class Settings:
+    """The settings; each is read from the variable of its name, as BOOKSHOP_SHOP_URL."""
+
+    shop_url: URL = setting(postgresql, "postgresql+asyncpg://app:secret@localhost/shop")
+    reporting_url: URL = setting(postgresql, "postgresql+asyncpg://app:secret@localhost/reporting")
+    replica_url: URL | None = setting(
+        postgresql, "postgresql+asyncpg://app:secret@replica/shop", default=None
+    )
+    redis_url: str = setting(redis, "redis://localhost:6379/0", shown=False)
+    mail_folder: Path = setting(Path, "/var/spool/bookshop")
+    pool_size: int = setting(positive, "10", default=10)
+    sweep_seconds: int = setting(positive, "5", default=5)
+    telemetry: bool = setting(switch, "on", default=False)
+    admin_password: str | None = setting(secret, "16 characters or more", default=None, shown=False)
+    admin_secret: str | None = setting(secret, "16 characters or more", default=None, shown=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read all settings, or raise SettingsError with all that is wrong."""
+        wrong: list[str] = []
+        values: dict[str, Any] = {}
+        known: dict[str, Attribute[Any]] = {PREFIX + one.name.upper(): one for one in fields(cls)}
+        for name, attribute in known.items():
+            if name in environment:
+                try:
+                    values[attribute.name] = attribute.metadata["read"](environment[name])
+                except (ValueError, ArgumentError) as error:
+                    wrong.append(f"{name} cannot be used: {_without(environment[name], error)}")
+            elif attribute.default is NOTHING:
+                wrong.append(f"{name} is missing: set it, for example to {attribute.metadata['example']}")
+        wrong += [
+            f"{name} is not known: remove it, or correct its name"
+            for name in sorted(environment)
+            if name.startswith(PREFIX) and name not in known
+        ]
+        if (values.get("admin_password") is None) != (values.get("admin_secret") is None):
+            wrong.append(f"{PREFIX}ADMIN_PASSWORD and {PREFIX}ADMIN_SECRET go together: set both, or none")
+        if wrong:
+            raise SettingsError("\n".join(wrong))
+        return cls(**values)
+
+
+def _without(value: str, error: Exception) -> str:
+    """Return an error's text, unless it repeats a value that may hold a password."""
+    return "it cannot be read" if value in str(error) else str(error)

@@ -1,0 +1,93 @@
+"""The queue and its worker: `taskiq worker examples.bookshop.worker:create_worker`.
+
+A task says no more than "look into the outbox". So a task that Redis loses costs seconds, until the next sweep,
+and a task that comes twice finds nothing to do.
+"""
+
+import asyncio
+import logging
+import os
+from contextlib import AsyncExitStack, suppress
+
+from attrs import define, field
+from taskiq import AsyncBroker, TaskiqEvents, TaskiqState
+from taskiq.kicker import AsyncKicker
+from taskiq_redis import ListQueueBroker
+
+from examples.bookshop.databases import engine_args, reporting, shop
+from examples.bookshop.deliveries import Deliveries
+from examples.bookshop.outbox import drain
+from examples.bookshop.settings import Settings
+
+TASK = "drain"
+
+logger = logging.getLogger(__name__)
+
+
+def create_worker() -> AsyncBroker:
+    """Make the worker's broker, from the environment."""
+    worker = Worker(Settings.from_environment(os.environ))
+    broker = ListQueueBroker(worker.settings.redis_url)
+
+    @broker.task(task_name=TASK)
+    async def empty() -> None:  # pyright: ignore[reportUnusedFunction]  # the broker has it
+        await worker.drain()
+
+    broker.add_event_handler(TaskiqEvents.WORKER_STARTUP, worker.start)
+    broker.add_event_handler(TaskiqEvents.WORKER_SHUTDOWN, worker.stop)
+    return broker
+
+
+@define
+class Worker:
+    """A process that empties the outbox when a task says so, and every few seconds."""
+
+    settings: Settings
+    _exits: AsyncExitStack = field(factory=AsyncExitStack, init=False)
+
+    async def start(self, _: TaskiqState) -> None:
+        """Connect the databases, and begin to sweep."""
+        pool = engine_args(self.settings.pool_size)
+        await self._exits.enter_async_context(shop.connect(self.settings.shop_url, engine_args=pool))
+        await self._exits.enter_async_context(reporting.connect(self.settings.reporting_url, engine_args=pool))
+        self._exits.push_async_callback(cancel, asyncio.create_task(self.sweep(), name="sweep"))
+
+    async def stop(self, _: TaskiqState) -> None:
+        """Stop sweeping, and close the connections; what was under way is rolled back, and done later."""
+        await self._exits.aclose()
+
+    async def drain(self) -> None:
+        """Deliver what is due."""
+        await drain(Deliveries(self.settings.mail_folder).deliver)
+
+    async def sweep(self) -> None:
+        """Deliver what no task has told of, or what has failed before, for ever."""
+        while True:
+            try:
+                await self.drain()
+            except Exception:
+                logger.exception("The outbox was not emptied")
+            await asyncio.sleep(self.settings.sweep_seconds)
+
+
+async def cancel(task: asyncio.Task[None]) -> None:
+    """Cancel a task, and wait for its end."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+@define
+class Queue:
+    """The sending end of the queue, for the web application."""
+
+    broker: AsyncBroker
+
+    @classmethod
+    def at(cls, redis_url: str) -> "Queue":
+        """Make the queue; a Redis that does not answer holds a response up for a second at most."""
+        return cls(ListQueueBroker(redis_url, socket_connect_timeout=1, socket_timeout=1))
+
+    async def wake(self) -> None:
+        """Have a worker look into the outbox."""
+        await AsyncKicker[[], None](task_name=TASK, broker=self.broker, labels={}).kiq()
