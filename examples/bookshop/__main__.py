@@ -1,7 +1,7 @@
 """Run the whole shop: PostgreSQL, Redis, migrations, a worker and the web server; Ctrl-C ends them all.
 
 It needs the development requirements, a redis-server on the PATH, and port 8000 or PORT. With --replica a
-standby serves the reads. All data is temporary: a deployment runs the programs of README.md on its own servers.
+standby serves the reads. All data is temporary; README.md has the commands of a deployment.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The admin, as an option: sqladmin behind a password, on the pool of the application."""
 
+from collections.abc import Sequence
 from secrets import compare_digest
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from fastapi import FastAPI, Request
 from sqladmin import Admin, ModelView
@@ -9,6 +10,8 @@ from sqladmin.authentication import AuthenticationBackend
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from examples.bookshop.models import Book, Message, Order
+
+Columns: TypeAlias = str | Sequence[Any]
 
 
 class Password(AuthenticationBackend):
@@ -39,20 +42,26 @@ class Password(AuthenticationBackend):
 class Books(ModelView, model=Book):
     """Prices and stock."""
 
-    column_list: ClassVar[list[Any]] = [Book.isbn, Book.title, Book.cents, Book.stock]
+    column_list: ClassVar[Columns] = [Book.isbn, Book.title, Book.cents, Book.stock]
 
 
 class Orders(ModelView, model=Order):
     """Orders, to look at."""
 
-    column_list: ClassVar[list[Any]] = [Order.id, Order.customer, Order.placed_at]
+    column_list: ClassVar[Columns] = [Order.id, Order.customer, Order.placed_at]
     can_create = can_edit = can_delete = False
 
 
 class Outbox(ModelView, model=Message):
     """What is still to be done, and why it failed."""
 
-    column_list: ClassVar[list[Any]] = [Message.id, Message.kind, Message.due_at, Message.attempts, Message.last_error]
+    column_list: ClassVar[Columns] = [
+        Message.id,
+        Message.kind,
+        Message.due_at,
+        Message.attempts,
+        Message.last_error,
+    ]
     can_create = can_edit = False
 
 

@@ -21,7 +21,7 @@ from examples.bookshop.health import LIVE, READY, health
 from examples.bookshop.orders import Wake
 from examples.bookshop.routes import router
 from examples.bookshop.settings import Settings
-from examples.bookshop.worker import Queue
+from examples.bookshop.worker import queue
 from fastapi_async_sqlalchemy import LongHoldWarning, Observer
 from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 
@@ -41,11 +41,7 @@ def create_app(
         async with AsyncExitStack() as exits:
             if sessions is not None:
                 sessions.configure(bind=shop.engine)
-            if wake is None:
-                queue = Queue.at(settings.redis_url)
-                await queue.broker.startup()
-                exits.push_async_callback(queue.broker.shutdown)
-            app.state.wake = wake or queue.wake
+            app.state.wake = wake or await exits.enter_async_context(queue(settings.redis_url))
             yield
 
     app = FastAPI(title="Bookshop", lifespan=lifespan)
@@ -75,7 +71,8 @@ def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvi
     )
     app.add_middleware(
         ReplicaMiddleware,
-        db_url=settings.replica_url or settings.shop_url,  # without a replica: a pool of the primary that only reads
+        db_url=settings.replica_url
+        or settings.shop_url,  # without a replica: a pool of the primary that only reads
         engine_args=pool,
         exclude_paths=apart,
         observers=observers,

@@ -34,7 +34,9 @@ def confirmation(order: Order) -> EmailMessage:
     mail["From"] = "orders@bookshop.example"
     mail["To"] = order.customer
     mail["Subject"] = f"Your order {order.id}"
-    lines = [f"{line.quantity} x {line.book.title}: {line.quantity * line.cents / 100:.2f}" for line in order.lines]
+    lines = [
+        f"{line.quantity} x {line.book.title}: {line.quantity * line.cents / 100:.2f}" for line in order.lines
+    ]
     mail.set_content("\n".join(["We have received your order:", *lines]))
     return mail
 
@@ -51,7 +53,8 @@ def post(mail: EmailMessage, folder: Path) -> None:
 async def report(order: Order) -> None:
     """Copy an order to the reporting database, unless it is there.
 
-    This commits before the message is deleted. A crash between the two has it copied again, which changes nothing.
+    This commits before the message is deleted. After a crash between the two it is called again, and
+    changes nothing.
     """
     sales = [
         {

@@ -14,7 +14,7 @@ SENTENCES = {
     "uq_orders_customer_idempotency_key": "An order with this Idempotency-Key is under way: send it again.",
 }
 """Constraints that a client can break; any other one is a mistake of ours."""
-STATUSES = {UnknownBookError: 404, SoldOutError: 409, KeyReusedError: 422}
+STATUSES: dict[type[Exception], int] = {UnknownBookError: 404, SoldOutError: 409, KeyReusedError: 422}
 CONFLICTS = {"40001", "40P01"}
 """PostgreSQL's serialization failure and deadlock: another transaction came between, and a retry may do."""
 
@@ -65,4 +65,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.exception_handler(IntegrityError)(conflict)
     app.exception_handler(PoolTimeoutError)(busy)
     app.add_exception_handler(DBAPIError, unavailable)
-    app.add_exception_handler(OSError, unavailable)  # asyncpg's; TimeoutError and ReplicaLagError are such, too
+    app.add_exception_handler(
+        OSError, unavailable
+    )  # asyncpg's; TimeoutError and ReplicaLagError are such, too

@@ -31,7 +31,8 @@ async def drain(deliver: Deliver) -> int:
 async def deliver_one(deliver: Deliver) -> bool:
     """Deliver the first message that is due and that no other worker holds; return False if there is none.
 
-    The row's lock lasts as long as the transaction. A worker that is killed loses both, and the message is free.
+    The row's lock lasts as long as the transaction. A worker that is killed loses both, and another one can
+    take the message.
     """
     number: MessageId | None = None
     try:

@@ -1,7 +1,6 @@
 """The routes: they read what the client sent, call a service, and write what it returned."""
 
 from collections.abc import AsyncGenerator, Sequence
-from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
@@ -54,7 +53,6 @@ class OrderData(Answer):
     """An order as its customer sees it."""
 
     id: OrderId
-    placed_at: datetime
     lines: list[LineData]
 
 
@@ -82,7 +80,8 @@ async def waking(request: Request) -> Wake:
     return wake
 
 
-Reading = Annotated[ReadingSession, Depends(reading)]
+Reading = Annotated[ReadingSession, Depends(reading, scope="function")]
+"""Its scope has the unit end, and give its connection back, before the response is sent."""
 
 
 @router.get("/books", response_model=list[BookData])
@@ -123,5 +122,7 @@ async def read_order(number: OrderId, session: Reading) -> Order:
 async def read_sales(session: Reporting) -> list[TitleSales]:
     """Return the sales of each title, best first; the worker brings new orders within seconds."""
     copies, cents = func.sum(Sale.quantity), func.sum(Sale.quantity * Sale.cents)
-    rows = await session.execute(select(Sale.title, copies, cents).group_by(Sale.title).order_by(copies.desc()))
+    rows = await session.execute(
+        select(Sale.title, copies, cents).group_by(Sale.title).order_by(copies.desc())
+    )
     return [TitleSales(title=title, copies=sold, cents=earned) for title, sold, earned in rows]

@@ -57,29 +57,27 @@ def switch(text: str) -> bool:
     return text == "on"
 
 
-def setting(
-    read: Callable[[str], object], example: str, *, default: object = NOTHING, shown: bool = True
-) -> Any:
-    """Declare a setting: how its text is read, and an example for the error."""
-    return field(default=default, repr=shown, metadata={"read": read, "example": example})
+def from_text(read: Callable[[str], object], example: str) -> dict[str, Any]:
+    """Describe a setting: how its text is read, and an example for the error."""
+    return {"read": read, "example": example}
 
 
 @frozen(kw_only=True)
 class Settings:
     """The settings; each is read from the variable of its name, as BOOKSHOP_SHOP_URL."""
 
-    shop_url: URL = setting(postgresql, "postgresql+asyncpg://app:secret@localhost/shop")
-    reporting_url: URL = setting(postgresql, "postgresql+asyncpg://app:secret@localhost/reporting")
-    replica_url: URL | None = setting(
-        postgresql, "postgresql+asyncpg://app:secret@replica/shop", default=None
+    shop_url: URL = field(metadata=from_text(postgresql, "postgresql+asyncpg://app:secret@localhost/shop"))
+    reporting_url: URL = field(
+        metadata=from_text(postgresql, "postgresql+asyncpg://app:secret@localhost/reporting")
     )
-    redis_url: str = setting(redis, "redis://localhost:6379/0", shown=False)
-    mail_folder: Path = setting(Path, "/var/spool/bookshop")
-    pool_size: int = setting(positive, "10", default=10)
-    sweep_seconds: int = setting(positive, "5", default=5)
-    telemetry: bool = setting(switch, "on", default=False)
-    admin_password: str | None = setting(secret, "16 characters or more", default=None, shown=False)
-    admin_secret: str | None = setting(secret, "16 characters or more", default=None, shown=False)
+    redis_url: str = field(repr=False, metadata=from_text(redis, "redis://localhost:6379/0"))
+    mail_folder: Path = field(metadata=from_text(Path, "/var/spool/bookshop"))
+    replica_url: URL | None = field(default=None, metadata=from_text(postgresql, "that of a standby"))
+    pool_size: int = field(default=10, metadata=from_text(positive, "10"))
+    sweep_seconds: int = field(default=5, metadata=from_text(positive, "5"))
+    telemetry: bool = field(default=False, metadata=from_text(switch, "on"))
+    admin_password: str | None = field(default=None, repr=False, metadata=from_text(secret, "a secret"))
+    admin_secret: str | None = field(default=None, repr=False, metadata=from_text(secret, "another one"))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:

@@ -1,13 +1,14 @@
 """The queue and its worker: `taskiq worker examples.bookshop.worker:create_worker`.
 
-A task says no more than "look into the outbox". So a task that Redis loses costs seconds, until the next sweep,
-and a task that comes twice finds nothing to do.
+A task only says that there is something in the outbox. A task that Redis loses costs a few seconds, until the
+next sweep; a task that comes twice finds nothing to do.
 """
 
 import asyncio
 import logging
 import os
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from attrs import define, field
 from taskiq import AsyncBroker, TaskiqEvents, TaskiqState
@@ -16,6 +17,7 @@ from taskiq_redis import ListQueueBroker
 
 from examples.bookshop.databases import engine_args, reporting, shop
 from examples.bookshop.deliveries import Deliveries
+from examples.bookshop.orders import Wake
 from examples.bookshop.outbox import drain
 from examples.bookshop.settings import Settings
 
@@ -30,7 +32,7 @@ def create_worker() -> AsyncBroker:
     broker = ListQueueBroker(worker.settings.redis_url)
 
     @broker.task(task_name=TASK)
-    async def empty() -> None:  # pyright: ignore[reportUnusedFunction]  # the broker has it
+    async def empty() -> None:
         await worker.drain()
 
     broker.add_event_handler(TaskiqEvents.WORKER_STARTUP, worker.start)
@@ -49,7 +51,9 @@ class Worker:
         """Connect the databases, and begin to sweep."""
         pool = engine_args(self.settings.pool_size)
         await self._exits.enter_async_context(shop.connect(self.settings.shop_url, engine_args=pool))
-        await self._exits.enter_async_context(reporting.connect(self.settings.reporting_url, engine_args=pool))
+        await self._exits.enter_async_context(
+            reporting.connect(self.settings.reporting_url, engine_args=pool)
+        )
         self._exits.push_async_callback(cancel, asyncio.create_task(self.sweep(), name="sweep"))
 
     async def stop(self, _: TaskiqState) -> None:
@@ -77,17 +81,19 @@ async def cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-@define
-class Queue:
-    """The sending end of the queue, for the web application."""
+@asynccontextmanager
+async def queue(redis_url: str) -> AsyncGenerator[Wake]:
+    """Connect the sending end of the queue, and yield what has a worker look into the outbox.
 
-    broker: AsyncBroker
+    A Redis that does not answer holds a response up for a second at most.
+    """
+    broker = ListQueueBroker(redis_url, socket_connect_timeout=1, socket_timeout=1)
+    await broker.startup()
 
-    @classmethod
-    def at(cls, redis_url: str) -> "Queue":
-        """Make the queue; a Redis that does not answer holds a response up for a second at most."""
-        return cls(ListQueueBroker(redis_url, socket_connect_timeout=1, socket_timeout=1))
+    async def wake() -> None:
+        await AsyncKicker[[], None](task_name=TASK, broker=broker, labels={}).kiq()
 
-    async def wake(self) -> None:
-        """Have a worker look into the outbox."""
-        await AsyncKicker[[], None](task_name=TASK, broker=self.broker, labels={}).kiq()
+    try:
+        yield wake
+    finally:
+        await broker.shutdown()
