@@ -17,11 +17,14 @@ class SettingsError(Exception):
 
 def postgresql(text: str) -> URL:
     """Read the URL of a database; the password is not in its repr()."""
-    url = make_url(text)
-    if url.drivername != "postgresql+asyncpg":
+    if not text.startswith("postgresql+asyncpg://"):
         message = "it must begin with postgresql+asyncpg://"
         raise ValueError(message)
-    return url
+    try:
+        return make_url(text)
+    except (ValueError, ArgumentError):
+        message = "it cannot be read"  # SQLAlchemy's own text repeats it, with the password
+        raise ValueError(message) from None
 
 
 def redis(text: str) -> str:
@@ -33,12 +36,11 @@ def redis(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """Read a number above 0."""
-    number = int(text)
-    if number < 1:
-        message = "it must be above 0"
+    """Read a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        message = "it must be a whole number above 0"
         raise ValueError(message)
-    return number
+    return int(text)
 
 
 def secret(text: str) -> str:
@@ -89,8 +91,8 @@ class Settings:
             if name in environment:
                 try:
                     values[attribute.name] = attribute.metadata["read"](environment[name])
-                except (ValueError, ArgumentError) as error:
-                    wrong.append(f"{name} cannot be used: {_without(environment[name], error)}")
+                except ValueError as error:
+                    wrong.append(f"{name} cannot be used: {error}")
             elif attribute.default is NOTHING:
                 wrong.append(f"{name} is missing: set it, for example to {attribute.metadata['example']}")
         wrong += [
@@ -98,13 +100,8 @@ class Settings:
             for name in sorted(environment)
             if name.startswith(PREFIX) and name not in known
         ]
-        if (values.get("admin_password") is None) != (values.get("admin_secret") is None):
+        if (f"{PREFIX}ADMIN_PASSWORD" in environment) != (f"{PREFIX}ADMIN_SECRET" in environment):
             wrong.append(f"{PREFIX}ADMIN_PASSWORD and {PREFIX}ADMIN_SECRET go together: set both, or none")
         if wrong:
             raise SettingsError("\n".join(wrong))
         return cls(**values)
-
-
-def _without(value: str, error: Exception) -> str:
-    """Return an error's text, unless it repeats a value that may hold a password."""
-    return "it cannot be read" if value in str(error) else str(error)

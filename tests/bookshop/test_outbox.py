@@ -1,4 +1,4 @@
-"""The outbox of the bookshop, on real databases: each message is delivered, and what comes twice changes nothing."""
+"""The outbox of the bookshop: each message is delivered, and what comes twice changes nothing."""
 
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -28,7 +28,9 @@ SOLD = [{"title": "Pride and Prejudice", "copies": 2, "cents": 1598}]
 
 
 @pytest.fixture
-def settings(postgresql_server: URL, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def settings(
+    postgresql_server: URL, redis_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Settings]:
     """The settings of a shop that is there, and of a Redis."""
     with migrated(postgresql_server, tmp_path_factory.mktemp("mail"), redis_url) as settings:
         yield settings
@@ -69,7 +71,7 @@ async def test_message_is_delivered_once_or_with_the_outcome_of_once(
 
 
 async def test_message_that_fails_waits(client: AsyncClient, settings: Settings, judge_for: JudgeFor) -> None:
-    """A message that cannot be delivered is tried again later, with its error to read; others are not held up."""
+    """A message that cannot be delivered is tried again later, and the others are not held up."""
     await order(client, {ISBN: 2})
 
     async def deliver(message: Message, placed: Order) -> None:
@@ -89,7 +91,7 @@ async def test_message_that_fails_waits(client: AsyncClient, settings: Settings,
 
 
 async def test_reports_that_are_down(settings: Settings) -> None:
-    """Without the reporting database orders are placed, reports are a 503, and the sale waits in the outbox."""
+    """Without the reporting database orders are placed, and their sales wait in the outbox."""
     nowhere = settings.reporting_url.set(host="127.0.0.1", port=1, query={})
     async with asgi_client(create_app(evolve(settings, reporting_url=nowhere))) as client:
         await fill(10)
@@ -104,10 +106,12 @@ async def test_reports_that_are_down(settings: Settings) -> None:
 
 
 @pytest.mark.slow
-async def test_killed_worker_loses_nothing(client: AsyncClient, settings: Settings, judge_for: JudgeFor) -> None:
+async def test_killed_worker_loses_nothing(
+    client: AsyncClient, settings: Settings, judge_for: JudgeFor
+) -> None:
     """A worker is killed in the middle of a message; the next one delivers it, and what it is told by Redis.
 
-    The first one waits for a table that is locked; then it is killed. The second one sweeps once, when it starts.
+    The first one waits for a locked table when it is killed. The second one sweeps once, when it starts.
     """
     judge = await judge_for(settings.shop_url.render_as_string(hide_password=False))
     engine = create_async_engine(settings.shop_url, poolclass=NullPool)

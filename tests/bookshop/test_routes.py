@@ -50,7 +50,9 @@ def settings(postgresql_server: URL, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @asynccontextmanager
-async def visiting(settings: Settings, tracer_provider: TracerProvider | None = None) -> AsyncGenerator[Visit]:
+async def visiting(
+    settings: Settings, tracer_provider: TracerProvider | None = None
+) -> AsyncGenerator[Visit]:
     """Open the shop in a sandbox, with three copies of each title."""
     visits: list[Visit] = []
 
@@ -215,5 +217,6 @@ async def test_telemetry(settings: Settings) -> None:
         await order(visit.client, {ISBN: 1})
     finished = {span.name: span for span in spans.get_finished_spans()}
     request, commit = finished["POST /orders"], finished["COMMIT"]
-    assert request.context and commit.context
+    assert request.context
+    assert commit.context
     assert commit.context.trace_id == request.context.trace_id

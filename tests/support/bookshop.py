@@ -49,7 +49,11 @@ async def fill(stock: int) -> None:
 
 
 async def order(
-    client: AsyncClient, copies: dict[Isbn, int], *, key: UUID | None = None, customer: str = "ann@example.com"
+    client: AsyncClient,
+    copies: dict[Isbn, int],
+    *,
+    key: UUID | None = None,
+    customer: str = "ann@example.com",
 ) -> Response:
     """Order by a key, or by a new one."""
     return await client.post(
@@ -82,7 +86,15 @@ def environment(settings: Settings) -> dict[str, str]:
 async def worker(settings: Settings) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Start a worker by the command of the README, in a process group of its own; on exit it is gone."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "taskiq", "worker", "examples.bookshop.worker:create_worker", "--workers", "1"),
+        *(
+            sys.executable,
+            "-m",
+            "taskiq",
+            "worker",
+            "examples.bookshop.worker:create_worker",
+            "--workers",
+            "1",
+        ),
         cwd=ROOT,
         env={**os.environ, **environment(settings)},
         stdout=asyncio.subprocess.DEVNULL,
