@@ -85,18 +85,17 @@ async def test_readme_is_true() -> None:
         assert (place.servers(), place.data(), list(place.path.glob("bookshop-*"))) == ([], [], [])
 
 
-@pytest.fixture
-def deployed(postgresql_server: URL, tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def deployed(postgresql_server: URL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The variables of a deployment whose databases are migrated."""
-    with migrated(postgresql_server, tmp_path) as settings:
+    with migrated(postgresql_server, tmp_path_factory.mktemp("mail")) as settings:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         yield {**os.environ, "PATH": path, **environment(settings)}
 
 
-@pytest.mark.parametrize("program", ["python", "alembic"])
-async def test_migrating_commands(deployed: dict[str, str], program: str) -> None:
+async def test_migrating_commands(deployed: dict[str, str]) -> None:
     """The commands that migrate, and those of Alembic, work with the variables of a deployment."""
-    for command in commands(program):
+    for command in (*commands("python"), *commands("alembic")):
         process = await asyncio.create_subprocess_exec(*shlex.split(command), cwd=ROOT, env=deployed)
         assert await process.wait() == 0, command
 
