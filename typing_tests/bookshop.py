@@ -11,20 +11,20 @@ from examples.bookshop.models import Book, Isbn, OrderId, Sale
 from examples.bookshop.orders import catalogue, find_order, place_order
 
 
-async def accepted(key: UUID) -> None:
+async def accepted(key: UUID, isbn: Isbn) -> None:
     """Reading services take either session of the shop; writing ones take the primary's unit."""
     async with shop() as unit, replica() as reading, reporting() as reports:
-        await catalogue(unit.session)
-        await catalogue(reading.session)
-        await place_order(unit, key, "ann@example.com", {Isbn("9780141439518"): 1})
-        await unit.session.get(Book, Isbn("9780141439518"))
-        await reports.session.get(Sale, (OrderId(1), Isbn("9780141439518")))
+        await catalogue(unit.session, isbn, 50)
+        await catalogue(reading.session, isbn, 50)
+        await place_order(unit, key, "ann@example.com", {isbn: 1})
+        await unit.session.get(Book, isbn)
+        await reports.session.get(Sale, (OrderId(1), isbn))
 
 
-async def refused(key: UUID) -> None:
+async def refused(key: UUID, isbn: Isbn) -> None:
     """The reporting session is none of the shop's, the replica's unit writes nothing, and text is no key."""
     async with shop() as unit, replica() as reading, reporting() as reports:
-        await catalogue(reports.session)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        await catalogue(reports.session, isbn, 50)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         await place_order(reports, key, "ann@example.com", {})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         await place_order(reading, key, "ann@example.com", {})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         await place_order(unit, key, "ann@example.com", {"9780141439518": 1})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]

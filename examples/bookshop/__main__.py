@@ -31,7 +31,10 @@ BOOKS = (
     Book(isbn=Isbn("9780141439518"), title="Pride and Prejudice", cents=799, stock=100),
     Book(isbn=Isbn("9780141439600"), title="A Tale of Two Cities", cents=899, stock=1),
 )
-WORKER = ("-m", "taskiq", "worker", "examples.bookshop.worker:create_worker", "--workers", "1")
+WORKER = (
+    *("-m", "taskiq", "worker", "examples.bookshop.worker:create_worker"),
+    *("--workers", "1", "--max-async-tasks", "5"),
+)
 
 
 @contextmanager
@@ -46,6 +49,7 @@ def servers(folder: Path, *, with_replica: bool) -> Generator[dict[str, str]]:
             "BOOKSHOP_REPORTING_URL": f"{primary.url.removesuffix('postgres')}reporting",
             "BOOKSHOP_REDIS_URL": exits.enter_context(own_redis()),
             "BOOKSHOP_MAIL_FOLDER": str(folder / "mail"),
+            "BOOKSHOP_ADMIN_HTTPS": "off",
             "BOOKSHOP_ADMIN_PASSWORD": "only on this machine",
             "BOOKSHOP_ADMIN_SECRET": os.urandom(16).hex(),
         }

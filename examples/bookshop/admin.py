@@ -10,6 +10,7 @@ from sqladmin.authentication import AuthenticationBackend
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from examples.bookshop.models import Book, Message, Order
+from examples.bookshop.settings import Settings
 
 Columns: TypeAlias = str | Sequence[Any]
 
@@ -17,8 +18,8 @@ Columns: TypeAlias = str | Sequence[Any]
 class Password(AuthenticationBackend):
     """One password for all who may enter."""
 
-    def __init__(self, password: str, secret_key: str) -> None:
-        super().__init__(secret_key, https_only=False, same_site="strict")
+    def __init__(self, password: str, secret_key: str, *, https_only: bool) -> None:
+        super().__init__(secret_key, https_only=https_only, same_site="strict")
         self._password = password
 
     async def login(self, request: Request) -> bool:
@@ -65,10 +66,13 @@ class Outbox(ModelView, model=Message):
     can_create = can_edit = False
 
 
-def add_admin(app: FastAPI, password: str, secret_key: str) -> async_sessionmaker[AsyncSession]:
-    """Add the admin at /admin; its sessions want the engine, which is there once the application starts."""
+def add_admin(app: FastAPI, settings: Settings) -> async_sessionmaker[AsyncSession]:
+    """Add the admin at /admin if there is a password; its sessions want the engine, once there is one."""
     sessions = async_sessionmaker(class_=AsyncSession)
-    admin = Admin(app, session_maker=sessions, authentication_backend=Password(password, secret_key))
+    if not settings.admin_password or not settings.admin_secret:
+        return sessions
+    login = Password(settings.admin_password, settings.admin_secret, https_only=settings.admin_https)
+    admin = Admin(app, session_maker=sessions, authentication_backend=login)
     for view in (Books, Orders, Outbox):
         admin.add_view(view)
     return sessions

@@ -14,6 +14,7 @@ from examples.bookshop.databases import (
     ReportingMiddleware,
     ShopMiddleware,
     engine_args,
+    observers_of,
     shop,
 )
 from examples.bookshop.errors import add_error_handlers
@@ -22,8 +23,6 @@ from examples.bookshop.orders import Wake
 from examples.bookshop.routes import router
 from examples.bookshop.settings import Settings
 from examples.bookshop.worker import queue
-from fastapi_async_sqlalchemy import LongHoldWarning, Observer
-from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 
 
 def from_environment() -> FastAPI:
@@ -39,15 +38,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as exits:
-            if sessions is not None:
-                sessions.configure(bind=shop.engine)
+            admin_sessions.configure(bind=shop.engine)
             app.state.wake = wake or await exits.enter_async_context(queue(settings.redis_url))
             yield
 
     app = FastAPI(title="Bookshop", lifespan=lifespan)
-    sessions = None
-    if settings.admin_password and settings.admin_secret:
-        sessions = add_admin(app, settings.admin_password, settings.admin_secret)
+    admin_sessions = add_admin(app, settings)
     app.include_router(router)
     app.include_router(health)
     add_error_handlers(app)
@@ -57,9 +53,8 @@ def create_app(
 
 def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvider | None) -> None:
     """Give each request a unit of each database; what was added last is the outermost."""
-    observers: list[Observer] = [LongHoldWarning(10)]
+    observers = observers_of(settings, tracer_provider)
     if settings.telemetry:
-        observers.append(OpenTelemetryObserver(tracer_provider=tracer_provider))
         FastAPIInstrumentor.instrument_app(app, tracer_provider=tracer_provider)
     pool, apart = engine_args(settings.pool_size), [LIVE, READY]
     app.add_middleware(

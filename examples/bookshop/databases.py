@@ -3,14 +3,19 @@
 from typing import Annotated, TypeAlias
 
 from fastapi import Depends
+from opentelemetry.trace import TracerProvider
 
 from examples.bookshop.models import ReportingBase, ShopBase
+from examples.bookshop.settings import Settings
 from fastapi_async_sqlalchemy import (
     EngineArgs,
+    LongHoldWarning,
     ModelSession,
+    Observer,
     UnitOfWork,
     create_middleware_and_session_proxy,
 )
+from fastapi_async_sqlalchemy.opentelemetry import OpenTelemetryObserver
 
 
 class ShopSession(ModelSession[ShopBase]):
@@ -33,6 +38,14 @@ ReadingSession: TypeAlias = ModelSession[ShopBase]
 """What a service takes that only reads the shop: either of its sessions."""
 ShopUnit = Annotated[UnitOfWork[ShopSession], Depends(shop.unit_dependency)]
 Reporting = Annotated[ReportingSession, Depends(reporting.dependency)]
+
+
+def observers_of(settings: Settings, tracer_provider: TracerProvider | None = None) -> list[Observer]:
+    """Return what the web server and the worker have their units observed by."""
+    patience = LongHoldWarning(10)
+    if not settings.telemetry:
+        return [patience]
+    return [patience, OpenTelemetryObserver(tracer_provider=tracer_provider)]
 
 
 def engine_args(pool_size: int) -> EngineArgs:

@@ -29,9 +29,10 @@ class KeyReusedError(Exception):
     """The idempotency key has placed another order."""
 
 
-async def catalogue(session: ReadingSession) -> Sequence[Book]:
-    """Return all titles."""
-    return (await session.scalars(select(Book).order_by(Book.title, Book.isbn))).all()
+async def catalogue(session: ReadingSession, after: Isbn, limit: int) -> Sequence[Book]:
+    """Return a page of titles: those after an ISBN."""
+    page = select(Book).where(Book.isbn > after).order_by(Book.isbn).limit(limit)
+    return (await session.scalars(page)).all()
 
 
 async def find_order(session: ReadingSession, number: OrderId) -> Order | None:

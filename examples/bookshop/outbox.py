@@ -11,8 +11,8 @@ from examples.bookshop.databases import ShopSession, shop
 from examples.bookshop.models import Message, MessageId, Order, OrderLine
 from fastapi_async_sqlalchemy import UnitOfWork
 
-LONGEST_PAUSE = 3600
-"""Seconds between two attempts, at most; the pauses begin at two seconds, and double."""
+LONGEST_PAUSE = 12
+"""The pauses between attempts are powers of two, in seconds: from two to this power, a good hour."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ async def order_of(unit: UnitOfWork[ShopSession], message: Message) -> Order:
 @shop.transactional
 async def postpone(number: MessageId, error: Exception) -> None:
     """Let a message that failed wait, and longer each time; the admin shows why."""
-    pause = func.least(func.power(2, Message.attempts + 1), LONGEST_PAUSE)
+    pause = func.power(2, func.least(Message.attempts + 1, LONGEST_PAUSE))
     await shop.session.execute(
         update(Message)
         .where(Message.id == number)

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from sqlalchemy import func, select
 
@@ -16,6 +16,7 @@ from fastapi_async_sqlalchemy import WalPosition
 router = APIRouter()
 
 IsbnText = Annotated[Isbn, Field(pattern=r"^\d{13}$")]
+FIRST = Isbn("0" * 13)
 Copies = Annotated[dict[IsbnText, Annotated[int, Field(gt=0, le=100)]], Field(min_length=1, max_length=50)]
 
 
@@ -85,9 +86,11 @@ Reading = Annotated[ReadingSession, Depends(reading, scope="function")]
 
 
 @router.get("/books", response_model=list[BookData])
-async def read_books(session: Reading) -> Sequence[Book]:
-    """Return the catalogue."""
-    return await catalogue(session)
+async def read_books(
+    session: Reading, after: IsbnText = FIRST, limit: Annotated[int, Query(gt=0, le=100)] = 50
+) -> Sequence[Book]:
+    """Return a page of the catalogue; the next one comes after its last ISBN."""
+    return await catalogue(session, after, limit)
 
 
 @router.post("/books", status_code=201)

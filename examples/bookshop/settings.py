@@ -78,6 +78,7 @@ class Settings:
     pool_size: int = field(default=10, metadata=from_text(positive, "10"))
     sweep_seconds: int = field(default=5, metadata=from_text(positive, "5"))
     telemetry: bool = field(default=False, metadata=from_text(switch, "on"))
+    admin_https: bool = field(default=True, metadata=from_text(switch, "on"))
     admin_password: str | None = field(default=None, repr=False, metadata=from_text(secret, "a secret"))
     admin_secret: str | None = field(default=None, repr=False, metadata=from_text(secret, "another one"))
 

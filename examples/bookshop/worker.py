@@ -15,7 +15,7 @@ from taskiq import AsyncBroker, TaskiqEvents, TaskiqState
 from taskiq.kicker import AsyncKicker
 from taskiq_redis import ListQueueBroker
 
-from examples.bookshop.databases import engine_args, reporting, shop
+from examples.bookshop.databases import engine_args, observers_of, reporting, shop
 from examples.bookshop.deliveries import Deliveries
 from examples.bookshop.orders import Wake
 from examples.bookshop.outbox import drain
@@ -49,11 +49,13 @@ class Worker:
 
     async def start(self, _: TaskiqState) -> None:
         """Connect the databases, and begin to sweep."""
-        pool = engine_args(self.settings.pool_size)
-        await self._exits.enter_async_context(shop.connect(self.settings.shop_url, engine_args=pool))
-        await self._exits.enter_async_context(
-            reporting.connect(self.settings.reporting_url, engine_args=pool)
-        )
+        settings, pool = self.settings, engine_args(self.settings.pool_size)
+        observers = observers_of(settings)
+        for connected in (
+            shop.connect(settings.shop_url, engine_args=pool, observers=observers),
+            reporting.connect(settings.reporting_url, engine_args=pool, observers=observers),
+        ):
+            await self._exits.enter_async_context(connected)
         self._exits.push_async_callback(cancel, asyncio.create_task(self.sweep(), name="sweep"))
 
     async def stop(self, _: TaskiqState) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from httpx2 import AsyncClient
-from sqlalchemy import URL
+from sqlalchemy import URL, NullPool, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
 
-from tests.support.bookshop import PATIENCE, ROOT, environment, migrated
+from tests.support.bookshop import ISBN, PATIENCE, ROOT, environment, migrated, order
 from tests.support.commands import Curl, same_answer
+from tests.support.databases import JudgeFor
 from tests.support.leftovers import temporary_place
 
 README = (ROOT / "examples/bookshop/README.md").read_text("utf-8")
@@ -100,9 +102,11 @@ async def test_migrating_commands(deployed: dict[str, str]) -> None:
         assert await process.wait() == 0, command
 
 
-async def test_serving_command(deployed: dict[str, str]) -> None:
-    """The command that serves does so, and SIGTERM ends it."""
+async def test_serving_command(deployed: dict[str, str], judge_for: JudgeFor) -> None:
+    """The command that serves does so; SIGTERM ends it once the order that is under way has its answer."""
     [command] = commands("uvicorn")
+    shop_url = deployed["BOOKSHOP_SHOP_URL"]
+    judge = await judge_for(shop_url)
     process = await asyncio.create_subprocess_exec(
         *(*shlex.split(command), "--port", "0"), cwd=ROOT, env=deployed, stderr=asyncio.subprocess.PIPE
     )
@@ -113,8 +117,19 @@ async def test_serving_command(deployed: dict[str, str]) -> None:
         assert found, said
         async with AsyncClient(base_url=found[1], timeout=30) as client:
             assert (await client.get("/health/ready")).json() == "ready"
+            book = {"isbn": ISBN, "title": "Emma", "cents": 699, "stock": 1}
+            assert (await client.post("/books", json=book)).status_code == 201
+            async with create_async_engine(shop_url, poolclass=NullPool).connect() as locking:
+                await locking.execute(text("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE"))
+                under_way = asyncio.create_task(order(client, {ISBN: 1}))
+                while not await judge.scalar("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    assert not under_way.done()
+                process.terminate()
+                await process.stderr.readuntil(b"Shutting down")
+            assert (await under_way).status_code == 201
     finally:
-        process.terminate()
+        with suppress(ProcessLookupError):
+            process.terminate()
         _, rest = await process.communicate()
     assert "Application shutdown complete." in rest.decode()
 

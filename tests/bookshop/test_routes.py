@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import pytest
+import stamina
 from attrs import define, evolve
 from httpx2 import AsyncClient
 from sqlalchemy import URL
@@ -184,6 +185,25 @@ async def test_header_that_is_no_position(visit: Visit) -> None:
     """A client's mistake is a client's error."""
     answer = await visit.client.get("/orders/1", headers={"X-Position": "soon"})
     assert answer.status_code == 422
+
+
+async def test_conflicts_that_go_on(visit: Visit) -> None:
+    """A client whose order met a conflict at its last attempt is told to send it again."""
+    visit.box.fail_commit("conflict", on=shop)
+    stamina.set_active(False)
+    try:
+        answer = await order(visit.client, {ISBN: 1})
+    finally:
+        stamina.set_active(True)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.json()["detail"] == "Too many others want the same: send it again."
+
+
+async def test_catalogue_comes_in_pages(visit: Visit) -> None:
+    """A page has as many titles as were asked for, and the next one goes on after its last."""
+    first = await visit.client.get("/books", params={"limit": 1})
+    second = await visit.client.get("/books", params={"limit": 1, "after": first.json()[0]["isbn"]})
+    assert [page.json()[0]["isbn"] for page in (first, second)] == [ISBN, OTHER]
 
 
 async def test_admin(visit: Visit) -> None:

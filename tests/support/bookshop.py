@@ -35,6 +35,7 @@ def migrated(server: URL, mail_folder: Path, redis_url: str = "redis://127.0.0.1
             mail_folder=mail_folder,
             admin_password="a password for tests",  # noqa: S106  # of no other shop
             admin_secret="a secret for the tests",  # noqa: S106  # the same
+            admin_https=False,
             sweep_seconds=600,
         )
         upgrade(settings)
