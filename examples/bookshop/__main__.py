@@ -41,13 +41,14 @@ WORKER = (
 def servers(folder: Path, *, with_replica: bool) -> Generator[dict[str, str]]:
     """Start the databases and Redis, and yield the environment of a deployment on them."""
     with ExitStack() as exits:
+        redis_url = exits.enter_context(own_redis())
         primary = exits.enter_context(primary_server())
         asyncio.run(create_databases(primary.url))
         shop_url = f"{primary.url.removesuffix('postgres')}shop"
         environment = {
             "BOOKSHOP_SHOP_URL": shop_url,
             "BOOKSHOP_REPORTING_URL": f"{primary.url.removesuffix('postgres')}reporting",
-            "BOOKSHOP_REDIS_URL": exits.enter_context(own_redis()),
+            "BOOKSHOP_REDIS_URL": redis_url,
             "BOOKSHOP_MAIL_FOLDER": str(folder / "mail"),
             "BOOKSHOP_ADMIN_HTTPS": "off",
             "BOOKSHOP_ADMIN_PASSWORD": "only on this machine",

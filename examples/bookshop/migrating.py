@@ -1,6 +1,7 @@
 """Migrations from Python: `python -m examples.bookshop.migrating` brings both databases to their heads."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL
 
-from examples.bookshop.settings import Settings
+from examples.bookshop.settings import Settings, SettingsError
 
 Database = Literal["shop", "reporting"]
 INI = Path(__file__).parent / "migrations/alembic.ini"
@@ -34,4 +35,7 @@ def upgrade(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    upgrade(Settings.from_environment(os.environ))
+    try:
+        upgrade(Settings.from_environment(os.environ))
+    except SettingsError as error:
+        sys.exit(str(error))

@@ -54,7 +54,8 @@ async def deliver_one(deliver: Deliver) -> bool:
 async def claim(unit: UnitOfWork[ShopSession]) -> Message | None:
     """Lock the first message that is due, and pass by those that others have locked."""
     due = select(Message).where(Message.due_at <= func.now()).order_by(Message.due_at, Message.id)
-    return await unit.session.scalar(due.limit(1).with_for_update(skip_locked=True))
+    message: Message | None = await unit.session.scalar(due.limit(1).with_for_update(skip_locked=True))
+    return message
 
 
 async def order_of(unit: UnitOfWork[ShopSession], message: Message) -> Order:

@@ -10,6 +10,9 @@ import pytest
 from sqlalchemy import URL
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
+pytest.importorskip(
+    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
+)
 
 from alembic import command
 

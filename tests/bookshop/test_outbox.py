@@ -10,6 +10,9 @@ from httpx2 import AsyncClient
 from sqlalchemy import URL, NullPool
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
+pytest.importorskip(
+    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
+)
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine

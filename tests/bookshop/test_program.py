@@ -16,7 +16,11 @@ from sqlalchemy import URL, NullPool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
+pytest.importorskip(
+    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
+)
 
+from examples.bookshop.__main__ import WORKER
 from tests.support.bookshop import ISBN, PATIENCE, ROOT, environment, migrated, order
 from tests.support.commands import Curl, same_answer
 from tests.support.databases import JudgeFor
@@ -134,6 +138,12 @@ async def test_serving_command(deployed: dict[str, str], judge_for: JudgeFor) ->
     assert "Application shutdown complete." in rest.decode()
 
 
+def test_worker_command() -> None:
+    """The README's worker is the one that the program starts, and the tests of the outbox."""
+    [command] = commands("taskiq")
+    assert ["-m", *shlex.split(command)] == list(WORKER)
+
+
 def test_make_has_the_target() -> None:
     """`make bookshop` runs the module."""
     assert [command.strip() for command in commands("make")] == ["make bookshop"]
@@ -141,14 +151,21 @@ def test_make_has_the_target() -> None:
     assert re.search(r"^bookshop: venv .*\n\t.*-m examples\.bookshop \$\(ARGS\)$", makefile, re.MULTILINE)
 
 
-async def test_incomplete_environment_is_named() -> None:
-    """A program without its variables ends, and its last lines say which ones are missing."""
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("examples.bookshop", "there is no program redis-server"),
+        ("examples.bookshop.migrating", "BOOKSHOP_SHOP_URL is missing"),
+    ],
+)
+async def test_what_is_missing_is_named(module: str, said: str) -> None:
+    """A program that finds no Redis, or not its variables, ends and says so."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "examples.bookshop.migrating"), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", module), cwd=ROOT, env={"PATH": ""}, stderr=asyncio.subprocess.PIPE
     )
-    _, said = await process.communicate()
+    _, errors = await process.communicate()
     assert process.returncode == 1
-    assert "BOOKSHOP_SHOP_URL is missing" in said.decode()
+    assert said in errors.decode()
 
 
 def test_links_lead_somewhere() -> None:

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 from httpx2 import AsyncClient, Response
 from sqlalchemy import URL, make_url
 
+from examples.bookshop.__main__ import WORKER
 from examples.bookshop.databases import shop
 from examples.bookshop.migrating import upgrade
 from examples.bookshop.models import Book, Isbn
@@ -85,17 +86,9 @@ def environment(settings: Settings) -> dict[str, str]:
 
 @asynccontextmanager
 async def worker(settings: Settings) -> AsyncGenerator[asyncio.subprocess.Process]:
-    """Start a worker by the command of the README, in a process group of its own; on exit it is gone."""
+    """Start a worker as the program does, in a process group of its own; on exit it is gone."""
     process = await asyncio.create_subprocess_exec(
-        *(
-            sys.executable,
-            "-m",
-            "taskiq",
-            "worker",
-            "examples.bookshop.worker:create_worker",
-            "--workers",
-            "1",
-        ),
+        *(sys.executable, *WORKER),
         cwd=ROOT,
         env={**os.environ, **environment(settings)},
         stdout=asyncio.subprocess.DEVNULL,
