@@ -52,7 +52,10 @@ def create_app(
 
 
 def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvider | None) -> None:
-    """Give each request a unit of each database; what was added last is the outermost."""
+    """Give each request a unit of each database; what was added last is the outermost.
+
+    Without a replica its place is taken by another pool of the primary, whose units only read as well.
+    """
     observers = observers_of(settings, tracer_provider)
     if settings.telemetry:
         FastAPIInstrumentor.instrument_app(app, tracer_provider=tracer_provider)
@@ -66,8 +69,7 @@ def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvi
     )
     app.add_middleware(
         ReplicaMiddleware,
-        db_url=settings.replica_url
-        or settings.shop_url,  # without a replica: a pool of the primary that only reads
+        db_url=settings.replica_url or settings.shop_url,
         engine_args=pool,
         exclude_paths=apart,
         observers=observers,

@@ -21,7 +21,7 @@ from examples.bookshop.orders import Wake
 from examples.bookshop.outbox import drain
 from examples.bookshop.settings import Settings
 
-TASK = "drain"
+QUEUE, TASK = "bookshop", "drain"
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def create_worker() -> AsyncBroker:
     """Make the worker's broker, from the environment."""
     worker = Worker(Settings.from_environment(os.environ))
-    broker = ListQueueBroker(worker.settings.redis_url)
+    broker = ListQueueBroker(worker.settings.redis_url, queue_name=QUEUE)
 
     @broker.task(task_name=TASK)
     async def empty() -> None:
@@ -89,7 +89,7 @@ async def queue(redis_url: str) -> AsyncGenerator[Wake]:
 
     A Redis that does not answer holds a response up for a second at most.
     """
-    broker = ListQueueBroker(redis_url, socket_connect_timeout=1, socket_timeout=1)
+    broker = ListQueueBroker(redis_url, queue_name=QUEUE, socket_connect_timeout=1, socket_timeout=1)
     await broker.startup()
 
     async def wake() -> None:
