@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,10 +74,10 @@ async def stock(settings: Settings) -> None:
 
 
 @contextmanager
-def worker(environment: Mapping[str, str]) -> Generator[int]:
+def worker() -> Generator[int]:
     """Run a worker, and yield its process id; on exit it finishes what it has begun."""
     process = subprocess.Popen(  # noqa: S603  # the command of README.md
-        [sys.executable, *WORKER], env={**os.environ, **environment}, start_new_session=True
+        [sys.executable, *WORKER], start_new_session=True
     )
     try:
         yield process.pid
@@ -105,13 +105,17 @@ def main() -> None:
             environment = exits.enter_context(servers(Path(folder), with_replica=with_replica))
         except RedisMissingError as error:
             sys.exit(str(error))
-        settings = Settings.from_environment(environment)
+        os.environ.update(environment)
+        settings = Settings.from_environment()
         upgrade(settings)
         asyncio.run(stock(settings))
-        exits.enter_context(worker(environment))
+        exits.enter_context(worker())
         listener = exits.enter_context(listen(int(os.environ.get("PORT", "8000"))))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        print(f"Open {url}/docs, or {url}/admin by the password {settings.admin_password!r}.", flush=True)
+        print(
+            f"Open {url}/docs, or {url}/admin by the password {environment['BOOKSHOP_ADMIN_PASSWORD']!r}.",
+            flush=True,
+        )
         print(f"Confirmations are in {settings.mail_folder}. Ctrl-C ends the shop.", flush=True)
         config = uvicorn.Config(create_app(settings), timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])

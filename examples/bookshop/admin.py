@@ -71,7 +71,11 @@ def add_admin(app: FastAPI, settings: Settings) -> async_sessionmaker[AsyncSessi
     sessions = async_sessionmaker(class_=AsyncSession)
     if not settings.admin_password or not settings.admin_secret:
         return sessions
-    login = Password(settings.admin_password, settings.admin_secret, https_only=settings.admin_https)
+    login = Password(
+        settings.admin_password.get_secret_value(),
+        settings.admin_secret.get_secret_value(),
+        https_only=settings.admin_https,
+    )
     admin = Admin(app, session_maker=sessions, authentication_backend=login)
     for view in (Books, Orders, Outbox):
         admin.add_view(view)

@@ -1,6 +1,5 @@
 """The web application: `uvicorn --factory examples.bookshop.app:from_environment`."""
 
-import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -27,7 +26,7 @@ from examples.bookshop.worker import queue
 
 def from_environment() -> FastAPI:
     """Make the application that the environment describes."""
-    return create_app(Settings.from_environment(os.environ))
+    return create_app(Settings.from_environment())
 
 
 def create_app(

@@ -1,6 +1,5 @@
 """Migrations from Python: `python -m examples.bookshop.migrating` brings both databases to their heads."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -36,6 +35,6 @@ def upgrade(settings: Settings) -> None:
 
 if __name__ == "__main__":
     try:
-        upgrade(Settings.from_environment(os.environ))
+        upgrade(Settings.from_environment())
     except SettingsError as error:
         sys.exit(str(error))

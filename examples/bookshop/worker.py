@@ -6,7 +6,6 @@ next sweep; a task that comes twice finds nothing to do.
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def create_worker() -> AsyncBroker:
     """Make the worker's broker, from the environment."""
-    worker = Worker(Settings.from_environment(os.environ))
+    worker = Worker(Settings.from_environment())
     broker = ListQueueBroker(worker.settings.redis_url, queue_name=QUEUE)
 
     @broker.task(task_name=TASK)

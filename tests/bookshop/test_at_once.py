@@ -5,14 +5,10 @@ from collections.abc import AsyncIterator, Iterator
 from uuid import uuid4
 
 import pytest
-from attrs import evolve
 from httpx2 import AsyncClient
 from sqlalchemy import URL
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
 
 from examples.bookshop.app import create_app
 from examples.bookshop.databases import replica, reporting, shop
@@ -72,7 +68,7 @@ async def test_order_that_is_sent_at_once(client: AsyncClient) -> None:
 async def test_pool_that_is_full(settings: Settings) -> None:
     """Who gets no connection is told when to come back; the shop is alive, and not ready."""
     async with (
-        serve(create_app(evolve(settings, pool_size=1), wake=wake)) as address,
+        serve(create_app(settings.model_copy(update={"pool_size": 1}), wake=wake)) as address,
         AsyncClient(base_url=address.url, timeout=30) as client,
         shop.connection(),
     ):

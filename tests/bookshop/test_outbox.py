@@ -5,14 +5,10 @@ from collections.abc import AsyncIterator, Iterator
 from os import killpg
 
 import pytest
-from attrs import evolve
 from httpx2 import AsyncClient
 from sqlalchemy import URL, NullPool
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -94,7 +90,7 @@ async def test_message_that_fails_waits(client: AsyncClient, settings: Settings,
 async def test_reports_that_are_down(settings: Settings) -> None:
     """Without the reporting database orders are placed, and their sales wait in the outbox."""
     nowhere = settings.reporting_url.set(host="127.0.0.1", port=1, query={})
-    async with asgi_client(create_app(evolve(settings, reporting_url=nowhere))) as client:
+    async with asgi_client(create_app(settings.model_copy(update={"reporting_url": nowhere}))) as client:
         await fill(10)
         assert (await order(client, {ISBN: 1})).status_code == 201
         assert (await client.get("/reports/sales")).status_code == 503

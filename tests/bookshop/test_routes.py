@@ -7,14 +7,11 @@ from uuid import uuid4
 
 import pytest
 import stamina
-from attrs import define, evolve
+from attrs import define
 from httpx2 import AsyncClient
 from sqlalchemy import URL
 
 pytest.importorskip("alembic", reason="requirements/guides.in is not in the lowest row")
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
 
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -227,7 +224,7 @@ async def test_admin(visit: Visit) -> None:
 
 async def test_shop_without_an_admin(settings: Settings) -> None:
     """Without a password there is no admin."""
-    async with visiting(evolve(settings, admin_password=None, admin_secret=None)) as visit:
+    async with visiting(settings.model_copy(update={"admin_password": None, "admin_secret": None})) as visit:
         assert (await visit.client.get("/admin/book/list")).status_code == 404
 
 
@@ -235,7 +232,7 @@ async def test_telemetry(settings: Settings) -> None:
     """With telemetry an order is one trace, from the request to COMMIT."""
     spans, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    async with visiting(evolve(settings, telemetry=True), provider) as visit:
+    async with visiting(settings.model_copy(update={"telemetry": True}), provider) as visit:
         spans.clear()
         await order(visit.client, {ISBN: 1})
     finished = {span.name: span for span in spans.get_finished_spans()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 from httpx2 import AsyncClient, Response
+from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 
 from examples.bookshop.__main__ import WORKER
@@ -34,8 +35,8 @@ def migrated(server: URL, mail_folder: Path, redis_url: str = "redis://127.0.0.1
             reporting_url=make_url(reporting_url),
             redis_url=redis_url,
             mail_folder=mail_folder,
-            admin_password="a password for tests",  # noqa: S106  # of no other shop
-            admin_secret="a secret for the tests",  # noqa: S106  # the same
+            admin_password=SecretStr("a password for tests"),
+            admin_secret=SecretStr("a secret for the tests"),
             admin_https=False,
             sweep_seconds=600,
         )

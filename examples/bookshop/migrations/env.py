@@ -1,7 +1,6 @@
 """Alembic's environment of both databases; the section of alembic.ini says which one it is."""
 
 import asyncio
-import os
 
 from alembic import context
 from sqlalchemy import URL, Connection, NullPool, text
@@ -17,7 +16,7 @@ METADATA = {"shop": ShopBase.metadata, "reporting": ReportingBase.metadata}[DATA
 def url() -> URL:
     """Return the URL that the caller gave, else that of the environment."""
     given: URL | None = context.config.attributes.get("url")
-    return given or getattr(Settings.from_environment(os.environ), f"{DATABASE}_url")
+    return given or getattr(Settings.from_environment(), f"{DATABASE}_url")
 
 
 def migrate(connection: Connection) -> None:
