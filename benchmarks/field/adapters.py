@@ -17,13 +17,13 @@ from tests.support.tables import engine_with_tables
 POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 2}
 
 
-def package(*, commit: bool = True) -> Open:
-    """Return what opens `fastapi_async_sqlalchemy`, this one or release 0.8.1: both have these names."""
+def package(*session_class: type[AsyncSession], commit: bool = True) -> Open:
+    """Return what opens `fastapi_async_sqlalchemy`, this one or release 0.8.1, which takes no session class."""
 
     @asynccontextmanager
     async def opened(app: FastAPI, url: str) -> AsyncGenerator[Ground]:
         names: Any = import_module("fastapi_async_sqlalchemy")
-        middleware, db = names.create_middleware_and_session_proxy()
+        middleware, db = names.create_middleware_and_session_proxy(*session_class)
 
         async def session() -> AsyncSession:
             return cast("AsyncSession", db.session)

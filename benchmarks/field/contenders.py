@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from benchmarks.field import adapters
 from benchmarks.field.ground import Open
@@ -61,9 +62,9 @@ CONTENDERS: dict[str, Contender] = {
     "package": Contender(
         "this package, {}",
         "fastapi-async-sqlalchemy",
-        adapters.package,
+        lambda: adapters.package(AsyncSession),
         _OF_DB.format("fastapi_async_sqlalchemy"),
-        unsettled=lambda: adapters.package(commit=False),
+        unsettled=lambda: adapters.package(AsyncSession, commit=False),
     ),
     "function": Contender(
         'dependency, `scope="function"`, FastAPI {}',

@@ -10,6 +10,7 @@ from attrs import define, field
 from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from starlette.middleware import Middleware
 from starlette.types import Message
 
 from tests.support.databases import Judge
@@ -62,9 +63,9 @@ async def _conflict(_: Request, __: Exception) -> Response:
 
 
 @asynccontextmanager
-async def standing(opened: Open, url: str) -> AsyncGenerator[Ground]:
+async def standing(opened: Open, url: str, *inside: Middleware) -> AsyncGenerator[Ground]:
     """Stand on a contender, its application started; afterwards what the scenario left is closed."""
-    app = FastAPI(exception_handlers={IntegrityError: _conflict})
+    app = FastAPI(exception_handlers={IntegrityError: _conflict}, middleware=inside)
     async with opened(app, url) as ground, Judge(url) as ground.judge, run_lifespan(app):
         try:
             yield ground

@@ -206,7 +206,11 @@ async def cancelled(ground: Ground) -> str:
 
     async with closed(gate):
         request = asyncio.create_task(ask(ground.app))
-        await gate.reached()
+        reached = asyncio.create_task(gate.reached())
+        await asyncio.wait({reached, request}, return_when=asyncio.FIRST_COMPLETED)
+        if request.done():
+            reached.cancel()
+            raise AssertionError(request.result()) from request.result().error
         request.cancel()
         with suppress(asyncio.CancelledError):
             await request
