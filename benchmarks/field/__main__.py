@@ -39,7 +39,9 @@ def make_environment(name: str, contender: Contender, wheel: Path) -> Path:
     folder = PLACE / name
     wanted = contender.requirements
     replaced = {re.split(r"[=\[]", line)[0] for line in wanted if "==" in line}
-    locked = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)", (ROOT / "requirements/dev.txt").read_text("utf-8"), re.M)
+    locked = re.findall(
+        r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)", (ROOT / "requirements/dev.txt").read_text("utf-8"), re.M
+    )
     constraints = PLACE / f"{name}.txt"
     PLACE.mkdir(parents=True, exist_ok=True)
     constraints.write_text("\n".join(pin + of for pin, of in locked if pin not in replaced), "utf-8")
@@ -54,8 +56,16 @@ def make_environment(name: str, contender: Contender, wheel: Path) -> Path:
 
 def revealed(contender: Contender, python: Path) -> str:
     """Return what a strict mypy says of the session's type."""
-    mypy = (Path(sys.executable).with_name("mypy"), "--config-file=", "--strict", "--python-executable", python)
-    done = subprocess.run((*mypy, "-c", contender.typed), cwd=PLACE, check=False, capture_output=True, text=True)  # noqa: S603  # ours
+    mypy = (
+        Path(sys.executable).with_name("mypy"),
+        "--config-file=",
+        "--strict",
+        "--python-executable",
+        python,
+    )
+    done = subprocess.run(
+        (*mypy, "-c", contender.typed), cwd=PLACE, check=False, capture_output=True, text=True
+    )  # noqa: S603  # ours
     kind = REVEALED.search(done.stdout)
     assert kind is not None, done.stdout
     untyped = "import-untyped" in done.stdout
@@ -65,8 +75,12 @@ def revealed(contender: Contender, python: Path) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.field", description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="write docs/compared-with.json and the pages' tables")
-    parser.add_argument("--only", choices=CONTENDERS, nargs="+", help="some contenders; the others are not shown")
+    parser.add_argument(
+        "--docs", action="store_true", help="write docs/compared-with.json and the pages' tables"
+    )
+    parser.add_argument(
+        "--only", choices=CONTENDERS, nargs="+", help="some contenders; the others are not shown"
+    )
     options = parser.parse_args()
     wheel = next((ROOT / ".venv/wheel").glob("*.whl"))
     results: Results = {}

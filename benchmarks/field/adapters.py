@@ -106,7 +106,9 @@ def fastapi_sqla() -> Open:
         await names.startup()
         engine: AsyncEngine = asynchronous._async_session_factories["default"].kw["bind"]  # noqa: SLF001  # it shows its engine nowhere else
         try:
-            yield Ground(app, engine, Depends(asynchronous.default_async_session_dep), names.open_async_session)
+            yield Ground(
+                app, engine, Depends(asynchronous.default_async_session_dep), names.open_async_session
+            )
         finally:
             await engine.dispose()
 

@@ -7,7 +7,10 @@ from benchmarks.field.contenders import CONTENDERS, Results
 from benchmarks.field.scenarios import SCENARIOS
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-ROWS = {**{name: what for name, (what, _) in SCENARIOS.items()}, "typed": "mypy --strict knows the session as"}
+ROWS = {
+    **{name: what for name, (what, _) in SCENARIOS.items()},
+    "typed": "mypy --strict knows the session as",
+}
 MARKED = re.compile(r"(?P<head><!-- measured: (?P<names>[\w, -]+) -->\n\n)(?P<table>(?:\|.*\n)+)")
 
 

@@ -31,7 +31,10 @@ from tests.support.serving import asgi_client
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 from tests.support.versions import survives_cancellation
 
-OPENED: dict[str, Callable[..., Open]] = {"package": partial(adapters.package, AsyncSession), "dependency": adapters.dependency}
+OPENED: dict[str, Callable[..., Open]] = {
+    "package": partial(adapters.package, AsyncSession),
+    "dependency": adapters.dependency,
+}
 """This package, and `Depends(session, scope="function")` around `async_sessionmaker.begin()`."""
 MakeGround = Callable[..., Any]
 
@@ -280,7 +283,9 @@ async def test_full_pool(side: str, sqlite_url: str, *, expected: bool) -> None:
                 return Response(status_code=503)
 
             @app.get("/")
-            async def of_dependency(session: Annotated[AsyncSession, Depends(session, **by_function)]) -> None:
+            async def of_dependency(
+                session: Annotated[AsyncSession, Depends(session, **by_function)],
+            ) -> None:
                 await session.connection()
 
         async with engine.connect():
