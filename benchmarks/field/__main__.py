@@ -72,6 +72,12 @@ def revealed(contender: Contender, python: Path) -> str:
     return "no: `Any`" if kind[1] == "Any" or untyped else f"`{kind[1]}`"
 
 
+def write_tables(results: Results) -> None:
+    """Make the tables of the pages."""
+    for page, text in rewritten(results).items():
+        page.write_text(text, "utf-8")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.field", description=__doc__)
@@ -81,7 +87,11 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=CONTENDERS, nargs="+", help="some contenders; the others are not shown"
     )
+    parser.add_argument("--tables", action="store_true", help="measure nothing: make the pages' tables again")
     options = parser.parse_args()
+    if options.tables:
+        write_tables(json.loads((DOCS / "compared-with.json").read_text("utf-8"))["contenders"])
+        return
     wheel = next((ROOT / ".venv/wheel").glob("*.whl"))
     results: Results = {}
     for name in options.only or CONTENDERS:
@@ -95,8 +105,7 @@ def main() -> None:
     if options.docs:
         measured = {"date": datetime.now(UTC).date().isoformat(), "contenders": results}
         (DOCS / "compared-with.json").write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
-        for page, text in rewritten(results).items():
-            page.write_text(text, "utf-8")
+        write_tables(results)
 
 
 if __name__ == "__main__":
