@@ -1,1 +1,1 @@
-"""What packages of the field do with a request's session, each in an environment of its own: `make compare`."""
+"""What packages of the field do with a request's session, each in a separate environment: `make compare`."""

@@ -40,7 +40,9 @@ def make_environment(name: str, contender: Contender, wheel: Path) -> Path:
     wanted = contender.requirements
     replaced = {re.split(r"[=\[]", line)[0] for line in wanted if "==" in line}
     locked = re.findall(
-        r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)", (ROOT / "requirements/dev.txt").read_text("utf-8"), re.M
+        r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)",
+        (ROOT / "requirements/dev.txt").read_text("utf-8"),
+        re.MULTILINE,
     )
     constraints = PLACE / f"{name}.txt"
     PLACE.mkdir(parents=True, exist_ok=True)
@@ -63,9 +65,9 @@ def revealed(contender: Contender, python: Path) -> str:
         "--python-executable",
         python,
     )
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603  # ours
         (*mypy, "-c", contender.typed), cwd=PLACE, check=False, capture_output=True, text=True
-    )  # noqa: S603  # ours
+    )
     kind = REVEALED.search(done.stdout)
     assert kind is not None, done.stdout
     untyped = "import-untyped" in done.stdout

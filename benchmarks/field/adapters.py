@@ -1,4 +1,4 @@
-"""How each contender gives a request its session, as its own documentation says; imported where it is installed."""
+"""How each contender gives a request its session, as its documentation says; imported where it is installed."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ POOL = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 2}
 
 
 def package(*session_class: type[AsyncSession], commit: bool = True) -> Open:
-    """Return what opens `fastapi_async_sqlalchemy`, this one or release 0.8.1, which takes no session class."""
+    """Return what opens `fastapi_async_sqlalchemy`: this one, or release 0.8.1, which takes no class."""
 
     @asynccontextmanager
     async def opened(app: FastAPI, url: str) -> AsyncGenerator[Ground]:
@@ -98,7 +98,7 @@ def fastapi_sqla() -> Open:
         structlog.configure(logger_factory=structlog.stdlib.LoggerFactory())
         async with engine_with_tables(url):
             pass  # the tables are made
-        os.environ["sqlalchemy_url"] = make_url(url).render_as_string(hide_password=False)
+        os.environ.update({"sqlalchemy_url": url})
         os.environ.update({f"sqlalchemy_{name}": str(value) for name, value in POOL.items()})
         names: Any = import_module("fastapi_sqla")
         asynchronous: Any = import_module("fastapi_sqla.async_sqla")

@@ -13,7 +13,7 @@ from benchmarks.field.scenarios import ASYNCHRONOUS, SCENARIOS, Scenario
 from tests.support.databases import fresh_database, postgresql_server
 
 SHOWN = ("fastapi", "starlette", "sqlalchemy")
-NONE = "–"
+NONE = "not applicable"
 
 
 async def play(contender: Contender, name: str, url: str) -> str:

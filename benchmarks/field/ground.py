@@ -38,7 +38,7 @@ class Ground:
     """Sessions that are closed when the scenario has ended, whatever it left."""
 
     async def current(self, session: AsyncSession) -> AsyncSession:
-        """Return the session as code outside the route's signature has it: asked for anew, or else passed on."""
+        """Return the session as code outside the signature has it: asked for anew, or else passed on."""
         if self.ambient is not None:
             session = await self.ambient()
         self.used.append(session)

@@ -150,7 +150,6 @@ async def stream(ground: Ground) -> str:
 
 async def pair(ground: Ground) -> str:
     """Let two tasks use one session at the same time, each to write a note."""
-
     tasks: list[asyncio.Task[None]] = []
 
     @ground.app.get("/")

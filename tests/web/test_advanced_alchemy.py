@@ -102,7 +102,7 @@ async def test_errors_of_the_repository(site: Site) -> None:
 
 
 async def test_auto_commit(site: Site) -> None:
-    """With `auto_commit=True` the repository commits at once, and a later error undoes only what came after."""
+    """With `auto_commit=True` the repository commits at once; a later error undoes what came after."""
 
     @site.app.get("/")
     async def route() -> None:
@@ -116,7 +116,7 @@ async def test_auto_commit(site: Site) -> None:
 
 
 async def test_service_without_a_session(site: Site) -> None:
-    """`Service.new()` with a config of advanced-alchemy's opens a session of its own, which the unit never sees."""
+    """`Service.new(config=...)` opens a separate session, which the unit never sees."""
     config = SQLAlchemyAsyncConfig(engine_instance=site.engine)
 
     @site.app.get("/")
@@ -154,7 +154,7 @@ async def test_two_tasks(site: Site) -> None:
 
 
 async def test_full_pool(site: Site) -> None:
-    """A repository wraps `PoolTimeoutError`, so that its handler sees it with `wrap_exceptions=False` only."""
+    """A repository wraps `PoolTimeoutError`: its handler sees it with `wrap_exceptions=False` only."""
     add_pool_timeout_handler(site.app)
 
     @site.app.get("/")
