@@ -24,7 +24,7 @@ def run(*command: str | Path, **options: Any) -> str:
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, **options)  # noqa: S603  # ours
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def interpreter() -> str:
@@ -39,11 +39,8 @@ def make_environment(name: str, contender: Contender, wheel: Path) -> Path:
     folder = PLACE / name
     wanted = contender.requirements
     replaced = {re.split(r"[=\[]", line)[0] for line in wanted if "==" in line}
-    locked = re.findall(
-        r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)",
-        (ROOT / "requirements/dev.txt").read_text("utf-8"),
-        re.MULTILINE,
-    )
+    lock = (ROOT / "requirements/dev.txt").read_text("utf-8")
+    locked = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?(==[^ \\]+)", lock, re.MULTILINE)
     constraints = PLACE / f"{name}.txt"
     PLACE.mkdir(parents=True, exist_ok=True)
     constraints.write_text("\n".join(pin + of for pin, of in locked if pin not in replaced), "utf-8")

@@ -1,4 +1,4 @@
-"""How each contender gives a request its session, as its documentation says; imported where it is installed."""
+"""How each contender gives a request its session, as its documentation says."""
 
 import logging
 import os
@@ -69,7 +69,11 @@ def context(*, pure_asgi: bool) -> Open:
             return async_sessionmaker(engine, expire_on_commit=False)
 
         async with engine_with_tables(url, **POOL) as engine:
-            connect = names.DBConnect(lambda _: engine, maker, host="the one")
+
+            def made(_: str) -> AsyncEngine:
+                return engine
+
+            connect = names.DBConnect(made, maker, host="the one")
 
             async def session() -> AsyncSession:
                 return cast("AsyncSession", await names.db_session(connect))

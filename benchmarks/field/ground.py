@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from starlette.middleware import Middleware
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from tests.support.databases import Judge
 from tests.support.serving import run_lifespan
@@ -34,7 +34,7 @@ class Ground:
     ambient: Callable[[], Awaitable[AsyncSession]] | None = None
     """The request's session, for a function that has no parameter for it."""
     judge: Judge = field(init=False)
-    used: list[AsyncSession] = field(factory=list)
+    used: list[AsyncSession] = field(factory=list[AsyncSession])
     """Sessions that are closed when the scenario has ended, whatever it left."""
 
     async def current(self, session: AsyncSession) -> AsyncSession:
@@ -106,7 +106,7 @@ async def ask(app: FastAPI, *, at_start: Look | None = None, at_body: Look | Non
         elif at_body is not None:
             await at_body()
 
-    scope = {
+    scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1",
