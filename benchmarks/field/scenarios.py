@@ -163,7 +163,8 @@ async def pair(ground: Ground) -> str:
         answer = await ask(ground.app)
         await asyncio.gather(*tasks, return_exceptions=True)
     assert await ground.notes() == []
-    errors = [f"{type(answer.error).__name__}"]
+    kind = type(answer.error)  # which one of SQLAlchemy's it is, changes from run to run
+    errors = ["an error of SQLAlchemy's" if kind.__module__ == "sqlalchemy.exc" else kind.__name__]
     errors += ["an ERROR of the pool"] if any("pool" in record.name for record in records) else []
     errors += ["a connection out"] if ground.out() else []
     return ", ".join(errors)

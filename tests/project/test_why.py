@@ -179,7 +179,7 @@ async def test_late_task(make_ground: MakeGround, deferring_url: str, expected: 
     assert await scenarios.late_task(await make_ground(deferring_url)) == expected
 
 
-@both(package="ConcurrentUseError", dependency=r"(Interface|InvalidRequest|IllegalStateChange)Error\b.*")
+@both(package="ConcurrentUseError", dependency="an error of SQLAlchemy's.*")
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # SQLAlchemy 2.0 may warn of it first
 async def test_two_tasks(make_ground: MakeGround, postgresql_url: str, expected: str) -> None:
     """Two tasks on one session get an error in both; the package's own names the two and leaves no trace."""
