@@ -72,6 +72,10 @@ check: lint types test ## everything: lint, types, test
 bench: venv ## measure beside hand-written floors, some five minutes (ARGS=--quick, or --docs for the documentation)
 	$(bin)/python -W ignore -m benchmarks $(ARGS)
 
+.PHONY: compare
+compare: venv ## play the same scenarios with other packages, some six minutes (ARGS=--docs for the documentation)
+	$(bin)/python -W ignore -m benchmarks.field $(ARGS)
+
 .PHONY: campaign
 campaign: venv ## look for lost writes while everything breaks, some three minutes (ARGS="--seed 7", or --help)
 	$(bin)/python -W ignore -m campaign $(ARGS)
