@@ -12,9 +12,8 @@ from typing import Self
 
 from attrs import frozen
 from sqlalchemy import NullPool, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from examples.task_queues.shop import Base
 from tests.support.databases import Judge
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,6 +85,8 @@ class Shop:
     @classmethod
     async def open(cls, url: str, judge: Judge) -> Self:
         """Make the tables, with a thousand pens in stock."""
+        from examples.task_queues.shop import Base  # noqa: PLC0415  # it reads the environment
+
         engine = create_async_engine(url, poolclass=NullPool)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
@@ -113,10 +114,14 @@ class Shop:
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
 
+    async def waiting_are(self, count: int) -> bool:
+        """Whether so many statements wait for a lock."""
+        return await self.waiting() == count
+
     @asynccontextmanager
-    async def locked(self, lock: str = "SELECT FROM product FOR UPDATE") -> AsyncGenerator[None]:
-        """Lock the product, so that a task waits before it changes it."""
+    async def locked(self, lock: str = "SELECT FROM product FOR UPDATE") -> AsyncGenerator[AsyncConnection]:
+        """Lock the product, so that a task waits before it changes it; a ROLLBACK unlocks it early."""
         engine = create_async_engine(self.url, poolclass=NullPool)
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.execute(text(lock))
-            yield
+            yield connection
