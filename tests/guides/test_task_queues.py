@@ -13,44 +13,19 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 from fastapi import FastAPI
 from httpx2 import AsyncClient
-from redis.asyncio import Redis
 from sqlalchemy.exc import NoResultFound
 
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware
-from tests.support.databases import JudgeFor
-from tests.support.queues import PATIENCE, ROOT, Shop, Worker, Workers, until
+from tests.support.queues import PATIENCE, PAUSED, ROOT, Shop, Worker, Workers, until
 from tests.support.serving import asgi_client
 
 STREAM = "taskiq"
 PEN = {"product": "pen", "quantity": 3}
-PAUSED = 60_000
-"""Milliseconds for which Redis accepts no writes at most."""
-
-
-@pytest.fixture
-async def redis(queue_url: str) -> AsyncIterator[Any]:
-    """A client of the Redis, which is empty."""
-    async with Redis.from_url(queue_url) as client:
-        await client.flushdb()
-        yield client
-
-
-@pytest.fixture
-async def shop(postgresql_url: str, judge_for: JudgeFor, queue_url: str) -> Shop:
-    """The shop's tables, and no order yet."""
-    return await Shop.open(postgresql_url, await judge_for(postgresql_url))
-
-
-@pytest.fixture
-def workers(postgresql_url: str, queue_url: str, tmp_path: Path) -> Workers:
-    """Workers of the shop."""
-    return Workers({"DATABASE_URL": postgresql_url, "REDIS_URL": queue_url}, tmp_path)
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from tests.support.databases import Judge
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = 60
+PATIENCE = 20
 """Seconds that a worker has to do what it must do."""
+PAUSED = 60_000
+"""Milliseconds for which a test lets Redis accept no writes, at most."""
 
 
 @frozen
