@@ -15,7 +15,7 @@ from fastapi_async_sqlalchemy import db
 P = ParamSpec("P")
 R = TypeVar("R")
 
-app = Celery("shop", broker=shop.REDIS_URL, backend=shop.REDIS_URL)
+app = Celery("shop", broker=shop.REDIS_URL)
 app.conf.update(
     task_acks_late=True,  # acknowledge after the task, not before it
     task_reject_on_worker_lost=True,  # requeue what a process was doing when it was killed

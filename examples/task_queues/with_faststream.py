@@ -1,5 +1,6 @@
-"""The shop's tasks by faststream-outbox, on PostgreSQL alone: `faststream run ...with_faststream:app`."""
+"""The shop's tasks by faststream-outbox, on PostgreSQL alone: `python -m examples.task_queues.with_faststream`."""
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -43,3 +44,6 @@ async def lifespan() -> AsyncGenerator[None]:
 
 
 app = FastStream(broker, lifespan=lifespan)
+
+if __name__ == "__main__":
+    asyncio.run(app.run())

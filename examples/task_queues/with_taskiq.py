@@ -48,6 +48,8 @@ async def reading() -> AsyncGenerator[UnitOfWork[AsyncSession]]:
 
 
 @broker.task
-async def stock(product: str, unit: Annotated[UnitOfWork[AsyncSession], TaskiqDepends(reading)]) -> int | None:
+async def stock(
+    product: str, unit: Annotated[UnitOfWork[AsyncSession], TaskiqDepends(reading)]
+) -> int | None:
     """Return how many of a product are left."""
     return await unit.session.scalar(select(shop.Product.stock).where(shop.Product.name == product))

@@ -137,13 +137,13 @@ async def test_faststream_outbox(with_faststream: Any, shop: Shop, workers: Work
                     await unit.rollback()
     assert await shop.judge.scalar("SELECT count(*) FROM task_outbox") == 1
 
-    command = ("faststream", "run", "examples.task_queues.with_faststream:app")
-    with workers.run(*command, LEASE_SECONDS="1") as worker:
+    command = "examples.task_queues.with_faststream"
+    with workers.run(command, LEASE_SECONDS="1") as worker:
         async with shop.locked():
             await until(shop.waiting)
             worker.kill()
     assert (await shop.stock(), await shop.judge.scalar("SELECT count(*) FROM task_outbox")) == (1000, 1)
-    with workers.run(*command, LEASE_SECONDS="1"):
+    with workers.run(command, LEASE_SECONDS="1"):
         await until(lambda: is_done(shop))
     assert (await shop.stock(), await shop.reserved()) == (997, 1)
 

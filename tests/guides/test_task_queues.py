@@ -108,9 +108,7 @@ async def test_taskiq_repeats_conflicts(shop: Shop, redis: Any, taskiq: Any, wor
         assert (await left.wait_result(timeout=PATIENCE)).return_value == 995
 
 
-async def test_enqueued_after_commit(
-    shop: Shop, redis: Any, client: AsyncClient, workers: Workers
-) -> None:
+async def test_enqueued_after_commit(shop: Shop, redis: Any, client: AsyncClient, workers: Workers) -> None:
     """Nothing is enqueued while COMMIT is under way; the worker that gets the task finds the order."""
     async with shop.locked() as lock, asyncio.TaskGroup() as requests:
         request = requests.create_task(client.post("/orders", json=PEN))
@@ -125,9 +123,7 @@ async def test_enqueued_after_commit(
 
 
 @pytest.mark.parametrize("path", ["/orders", "/orders/by-outbox"])
-async def test_failed_commit_enqueues_nothing(
-    shop: Shop, redis: Any, client: AsyncClient, path: str
-) -> None:
+async def test_failed_commit_enqueues_nothing(shop: Shop, redis: Any, client: AsyncClient, path: str) -> None:
     """An order that COMMIT refuses leaves no task, neither in the queue nor in the outbox."""
     response = await client.post(path, json={"product": "no such thing", "quantity": 1})
     assert response.status_code == 409

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from tests.support.databases import Judge
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = 20
+PATIENCE = 60
 """Seconds that a worker has to do what it must do."""
 PAUSED = 60_000
 """Milliseconds for which a test lets Redis accept no writes, at most."""
@@ -35,6 +36,10 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(PATIENCE)
+
+    async def says(self, what: str) -> bool:
+        """Whether its output has something that matches the expression."""
+        return re.search(what, self.log.read_text()) is not None
 
     def stop(self) -> str:
         """Ask it to end, wait until it has, and return its output."""
@@ -97,7 +102,9 @@ class Shop:
 
     async def order(self, quantity: int = 1) -> int:
         """Store an order of pens; return its number."""
-        insert = "INSERT INTO \"order\" (product, quantity, state) VALUES ('pen', :quantity, 'new') RETURNING id"
+        insert = (
+            "INSERT INTO \"order\" (product, quantity, state) VALUES ('pen', :quantity, 'new') RETURNING id"
+        )
         number = await self.judge.scalar(insert, quantity=quantity)
         assert isinstance(number, int)
         return number
@@ -109,6 +116,10 @@ class Shop:
     async def reserved(self) -> object:
         """Return how many orders are reserved."""
         return await self.judge.scalar("SELECT count(*) FROM \"order\" WHERE state = 'reserved'")
+
+    async def reserved_are(self, count: int) -> bool:
+        """Whether so many orders are reserved."""
+        return await self.reserved() == count
 
     async def waiting(self) -> object:
         """Return how many statements wait for a lock."""
