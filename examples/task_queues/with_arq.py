@@ -25,7 +25,7 @@ async def shutdown(ctx: dict[Any, Any]) -> None:
     await ctx["resources"].aclose()
 
 
-async def reserve(_: dict[Any, Any], order_id: int) -> bool:
+async def reserve(ctx: dict[Any, Any], order_id: int) -> bool:  # noqa: ARG001  # arq passes it
     """Reserve an order in one unit of work, which is committed before the job is removed."""
     async with db.begin():
         return await shop.reserve(order_id)

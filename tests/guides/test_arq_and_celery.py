@@ -1,11 +1,5 @@
 """The guide's workers of arq and Celery do each task once, although they are killed in the middle of it."""
 
-import pytest
-
-REASON = "requirements/guides.in is not in the lowest row"
-pytest.importorskip("arq", reason=REASON)
-pytest.importorskip("celery", reason=REASON)
-
 import asyncio
 import os
 import signal
@@ -13,6 +7,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+REASON = "requirements/guides.in is not in the lowest row"
+pytest.importorskip("arq", reason=REASON)
+pytest.importorskip("celery", reason=REASON)
 
 from arq import ArqRedis, create_pool
 
@@ -102,7 +102,7 @@ def kill_children(worker: Worker) -> None:
 async def test_celery_task_whose_process_is_killed(
     shop: Shop, redis: Any, celery: Any, workers: Workers
 ) -> None:
-    """Two processes work at a time, each by its own engine; what a killed one was doing is done by the next."""
+    """Two processes work at a time, each by its own engine; a killed one's task is done by the next."""
     orders = [await shop.order() for _ in range(2)]
     with celery_worker(workers) as worker:
         async with shop.locked():
@@ -117,7 +117,7 @@ async def test_celery_task_whose_process_is_killed(
 async def test_celery_task_that_is_not_acknowledged(
     shop: Shop, redis: Any, celery: Any, workers: Workers
 ) -> None:
-    """A task past its time limit is rolled back; one whose worker dies after COMMIT runs again, to no effect."""
+    """A task past its time limit is rolled back; one whose worker dies after COMMIT has no second effect."""
     late, order = await shop.order(), await shop.order(3)
     with celery_worker(workers) as worker:
         async with shop.locked():

@@ -1,6 +1,13 @@
 """The outbox of the guide loses nothing, however often its relay dies, and repeats nothing undisturbed."""
 
+import json
+import re
+from collections import Counter
+from contextlib import AbstractContextManager
+from typing import Any
+
 import pytest
+from httpx2 import AsyncClient
 
 REASON = "requirements/guides.in is not in the lowest row"
 pytest.importorskip("taskiq", reason=REASON)
@@ -8,14 +15,6 @@ pytest.importorskip(
     "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
 )
 pytest.importorskip("faststream_outbox", reason=REASON)
-
-import json
-import re
-from collections import Counter
-from contextlib import AbstractContextManager
-from typing import Any
-
-from httpx2 import AsyncClient
 
 from fastapi_async_sqlalchemy import db
 from tests.support.queues import PAUSED, Shop, Worker, Workers, until

@@ -1,13 +1,5 @@
 """The guide to task queues is true: its workers run, and are killed at the worst moments."""
 
-import pytest
-
-REASON = "requirements/guides.in is not in the lowest row"
-pytest.importorskip("taskiq", reason=REASON)
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
-
 import asyncio
 import os
 import sys
@@ -16,16 +8,23 @@ from contextlib import AbstractContextManager
 from subprocess import PIPE
 from typing import Any
 
+import pytest
 from fastapi import FastAPI
 from httpx2 import AsyncClient
 from sqlalchemy.exc import NoResultFound
+
+REASON = "requirements/guides.in is not in the lowest row"
+pytest.importorskip("taskiq", reason=REASON)
+pytest.importorskip(
+    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
+)
 
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware
 from tests.support.queues import PATIENCE, PAUSED, ROOT, Shop, Worker, Workers, until
 from tests.support.serving import asgi_client
 
 STREAM = "taskiq"
-PEN = {"product": "pen", "quantity": 3}
+PEN: dict[str, str | int] = {"product": "pen", "quantity": 3}
 
 
 @pytest.fixture

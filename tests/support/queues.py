@@ -78,8 +78,8 @@ class Workers:
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait until another process has made the condition true."""
     async with asyncio.timeout(PATIENCE):
-        while not await condition():
-            await asyncio.sleep(0.02)  # nothing tells of it
+        while not await condition():  # noqa: ASYNC110  # another process makes it true
+            await asyncio.sleep(0.02)
 
 
 @frozen
@@ -124,7 +124,8 @@ class Shop:
     async def waiting(self) -> object:
         """Return how many statements wait for a lock."""
         return await self.judge.scalar(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
 
     async def waiting_are(self, count: int) -> bool:
