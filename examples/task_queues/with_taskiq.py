@@ -3,21 +3,53 @@
 import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
+from redis.asyncio import Redis
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
-from taskiq import TaskiqDepends, TaskiqEvents, TaskiqState
+from taskiq import AckableMessage, TaskiqDepends, TaskiqEvents, TaskiqState
 from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 from examples.task_queues import shop
 from fastapi_async_sqlalchemy import UnitOfWork, db
 
-broker = RedisStreamBroker(
+
+class TaskBroker(RedisStreamBroker):
+    """A stream whose unacknowledged messages come again after `idle_timeout`, and no others stay in it.
+
+    taskiq-redis 1.0.9 takes them over under a lock that a killed worker can leave for good; 1.2.4 takes them
+    over only when a new message has come.
+    """
+
+    async def listen(self) -> AsyncGenerator[AckableMessage]:
+        """Yield messages one at a time: first any that a dead worker has left, then a new one."""
+        group, consumer = self.consumer_group_name, self.consumer_name
+        client: Any = Redis(connection_pool=self.connection_pool)
+        async with client as redis:
+            while True:
+                left = await redis.xautoclaim(self.queue_name, group, consumer, self.idle_timeout, count=1)
+                messages: Any = left[1]
+                if not messages:
+                    new = await redis.xreadgroup(group, consumer, {self.queue_name: ">"}, 1, self.block)
+                    messages = new[0][1] if new else []
+                for number, fields in messages:
+                    yield AckableMessage(data=fields[b"data"], ack=partial(self._acknowledge, number))
+
+    async def _acknowledge(self, number: bytes) -> None:
+        """Acknowledge a message and delete it."""
+        client: Any = Redis(connection_pool=self.connection_pool)
+        async with client as redis, redis.pipeline() as pipeline:
+            pipeline.xack(self.queue_name, self.consumer_group_name, number)
+            pipeline.xdel(self.queue_name, number)
+            await pipeline.execute()
+
+
+broker = TaskBroker(
     shop.REDIS_URL,
     consumer_id="0",  # the default, "$", skips what was enqueued before the first worker started
     idle_timeout=int(os.environ.get("TASK_IDLE_MS", "600000")),  # longer than any task takes
-    maxlen=1_000_000,  # acknowledged messages stay in the stream until it is trimmed
 ).with_result_backend(RedisAsyncResultBackend(shop.REDIS_URL, result_ex_time=3600))
 
 
