@@ -19,8 +19,11 @@ pytest.importorskip(
     "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
 )
 
+from redis.asyncio import Redis
+
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware
 from tests.support.queues import PATIENCE, PAUSED, ROOT, Shop, Worker, Workers, until
+from tests.support.redis import own_redis
 from tests.support.serving import asgi_client
 
 STREAM = "taskiq"
@@ -149,15 +152,20 @@ async def test_enqueued_before_commit(shop: Shop, taskiq: Any, workers: Workers)
     assert await shop.judge.rows('SELECT state FROM "order"') == [("new",)]
 
 
-DIES_AFTER_COMMIT = """
+ENQUEUES = """
 import asyncio, os
+from redis.asyncio import Redis
 from examples.task_queues import shop, with_taskiq
 from fastapi_async_sqlalchemy import db
+
+async def lose_queue():
+    async with Redis.from_url(shop.REDIS_URL) as redis:
+        await redis.shutdown(nosave=True)
 
 async def main():
     await with_taskiq.broker.startup()
     async with db.connect(shop.DATABASE_URL), db.begin() as unit:
-        unit.on_commit(lambda: os._exit(7))
+        unit.on_commit({first})
         unit.on_commit(lambda: with_taskiq.reserve.kiq(1))
         unit.session.add(shop.Order(product="pen", quantity=3))
 
@@ -165,15 +173,21 @@ asyncio.run(main())
 """
 
 
-async def test_process_that_dies_before_its_hook(shop: Shop, redis: Any, workers: Workers) -> None:
-    """A process that dies between COMMIT and the hook has stored its order and lost its task."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", DIES_AFTER_COMMIT),
-        cwd=ROOT,
-        env={**os.environ, **workers.environment},
-        stderr=PIPE,
-    )
-    await process.communicate()
-    assert process.returncode == 7
+@pytest.mark.parametrize(("first", "status"), [("lambda: os._exit(7)", 7), ("lose_queue", 0)])
+async def test_task_that_its_hook_loses(shop: Shop, workers: Workers, first: str, status: int) -> None:
+    """A process or a queue that dies between COMMIT and the hook leaves an order without its task."""
+    with own_redis() as url:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", ENQUEUES.replace("{first}", first)),
+            cwd=ROOT,
+            env={**os.environ, **workers.environment, "REDIS_URL": url},
+            stderr=PIPE,
+        )
+        _, errors = await process.communicate()
+        if process.returncode:  # the queue is there
+            async with Redis.from_url(url) as redis:
+                assert await redis.xlen(STREAM) == 0
+        else:
+            assert b"ConnectionError" in errors
+    assert process.returncode == status
     assert await shop.judge.rows('SELECT state FROM "order"') == [("new",)]
-    assert await redis.xlen(STREAM) == 0
