@@ -34,6 +34,7 @@ def arq_worker(workers: Workers) -> AbstractContextManager[Worker]:
     return workers.run("arq", "examples.task_queues.with_arq.WorkerSettings")
 
 
+@pytest.mark.slow
 async def test_arq_job_whose_worker_is_killed(
     shop: Shop, redis: Any, queue: ArqRedis, workers: Workers
 ) -> None:
@@ -99,6 +100,7 @@ def kill_children(worker: Worker) -> None:
         os.kill(int(child), signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_celery_task_whose_process_is_killed(
     shop: Shop, redis: Any, celery: Any, workers: Workers
 ) -> None:
@@ -114,6 +116,7 @@ async def test_celery_task_whose_process_is_killed(
     assert await shop.stock() == 998
 
 
+@pytest.mark.slow
 async def test_celery_task_that_is_not_acknowledged(
     shop: Shop, redis: Any, celery: Any, workers: Workers
 ) -> None:

@@ -69,6 +69,7 @@ async def delivered(redis: Any) -> Counter[int]:
     return Counter(json.loads(entry[b"data"])["args"][0] for _, entry in await redis.xrange(STREAM))
 
 
+@pytest.mark.slow
 async def test_relay_that_is_killed(shop: Shop, redis: Any, workers: Workers, orders: list[int]) -> None:
     """A relay killed before, amid and after its sending loses nothing, and repeats one batch."""
     with relay(workers) as worker:
@@ -121,6 +122,7 @@ async def test_two_relays(shop: Shop, redis: Any, workers: Workers, orders: list
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
+@pytest.mark.slow
 async def test_faststream_outbox(with_faststream: Any, shop: Shop, workers: Workers) -> None:
     """A message is stored with its order, or not at all; killed in its middle, the task is done once."""
     from examples.task_queues.shop import Order  # noqa: PLC0415  # it reads the environment

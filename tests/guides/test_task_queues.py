@@ -60,6 +60,7 @@ async def acknowledged(redis: Any) -> bool:
     return bool(await redis.xlen(STREAM) == 0)
 
 
+@pytest.mark.slow
 async def test_taskiq_task_whose_worker_is_killed(
     shop: Shop, redis: Any, taskiq: Any, workers: Workers
 ) -> None:
@@ -76,6 +77,7 @@ async def test_taskiq_task_whose_worker_is_killed(
     assert (await shop.stock(), await shop.reserved()) == (997, 1)
 
 
+@pytest.mark.slow
 async def test_taskiq_task_that_is_not_acknowledged(
     shop: Shop, redis: Any, taskiq: Any, workers: Workers
 ) -> None:
@@ -185,7 +187,8 @@ async def test_task_that_its_hook_loses(shop: Shop, workers: Workers, first: str
         )
         _, errors = await process.communicate()
         if process.returncode:  # the queue is there
-            async with Redis.from_url(url) as redis:
+            client: Any = Redis.from_url(url)  # pyright: ignore[reportUnknownMemberType]  # its types have gaps
+            async with client as redis:
                 assert await redis.xlen(STREAM) == 0
         else:
             assert b"ConnectionError" in errors
