@@ -11,9 +11,6 @@ from httpx2 import AsyncClient
 
 REASON = "requirements/guides.in is not in the lowest row"
 pytest.importorskip("taskiq", reason=REASON)
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
 pytest.importorskip("faststream_outbox", reason=REASON)
 
 from fastapi_async_sqlalchemy import db

@@ -15,9 +15,6 @@ from sqlalchemy.exc import NoResultFound
 
 REASON = "requirements/guides.in is not in the lowest row"
 pytest.importorskip("taskiq", reason=REASON)
-pytest.importorskip(
-    "taskiq_redis", reason="taskiq-redis 1.0 does not import beside TaskIQ 0.13", exc_type=ImportError
-)
 
 from redis.asyncio import Redis
 
