@@ -3,8 +3,8 @@
 `python examples/websocket.py` serves it on an SQLite file; it needs this package with its extra [sqlite],
 uvicorn and websockets. DATABASE_URL names another database. In two terminals:
 
-    python -m websockets ws://127.0.0.1:8000/rooms/kitchen?name=ann
-    python -m websockets ws://127.0.0.1:8000/rooms/kitchen?name=bob
+    python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=ann'
+    python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=bob'
 
 The rooms are those of one process. Several processes have to tell each other, for example by Redis.
 """
