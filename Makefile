@@ -57,7 +57,7 @@ QUICK ?= tests/test_architecture.py $(addprefix tests/, \
 quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
-# The demo has a small environment of its own: a stranger waits for it, and not for what the tests need.
+# The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
 .PHONY: demo
 demo: ## serve a small bank and a page that draws each request's transaction
 	+@$(MAKE) --no-print-directory demo-served VENV=$(VENV)/demo LOCK=requirements/demo.txt

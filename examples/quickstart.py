@@ -1,4 +1,4 @@
-"""A bank in one file: `python examples/quickstart.py` serves it on an SQLite file of its own.
+"""A bank in one file: `python examples/quickstart.py` serves it on a temporary SQLite file.
 
 It needs this package with its extra [sqlite], and uvicorn. Every request is one transaction: a status
 below 400 commits it before the client hears of it, anything else rolls it back.
@@ -65,7 +65,7 @@ class Balance(BaseModel):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the tables, and three accounts the first time; outside a request a unit is opened by hand."""
+    """Make the tables, and three accounts the first time; outside a request you open a unit explicitly."""
     if db.engine.dialect.name == "sqlite":
         event.listen(db.engine.sync_engine, "connect", check_foreign_keys)
     await db.create_all(Base.metadata)
@@ -142,7 +142,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(make_app: Callable[[str], FastAPI], page: str) -> None:
-    """Serve an application on an SQLite file of its own until Ctrl-C."""
+    """Serve an application on a temporary SQLite file until Ctrl-C."""
     port = int(os.environ.get("PORT", "8000"))
     with TemporaryDirectory(prefix="quickstart-") as folder, listen(port) as listener:
         app = make_app(f"sqlite+aiosqlite:///{Path(folder, 'bank.db').as_posix()}")

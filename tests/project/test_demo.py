@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),  # the browser starts once
     pytest.mark.filterwarnings(
         "ignore:(?s).*session.exec:DeprecationWarning"
-    ),  # SQLModel, of its own execute()
+    ),  # SQLModel's, about its execute()
 ]
 
 

@@ -13,7 +13,7 @@ from fastapi_async_sqlalchemy.testing import SandboxedApp
 from tests.support.serving import asgi_client, raw_get, serve
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel, of its own execute()
+    "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel's, about its execute()
 )
 ATTIC = {"place": "attic", "celsius": 31}
 ONE_CONNECTION: EngineArgs = {"pool_size": 1, "max_overflow": 0}

@@ -17,7 +17,7 @@ from tests.support.serving import serve
 
 ONE_CONNECTION: EngineArgs = {"pool_size": 1, "max_overflow": 0}
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel, of its own execute()
+    "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel's, about its execute()
 )
 
 
