@@ -149,7 +149,7 @@ def serve(make_app: Callable[[str], FastAPI], page: str) -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         print(GUIDE.format(url=url, page=page, post=POST), flush=True)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -52,13 +52,15 @@ class Timeline:
 
     stored: StoredTimeline
     began: float = field(factory=perf_counter)
+    held: Mark | None = None
+    """The connection, while one is held."""
     settling: Mark | None = None
     """COMMIT or ROLLBACK of the current transaction, once it has been sent."""
 
-    def mark(self, kind: Kind, text: str, *, lasted: float = 0, error: str | None = None) -> Mark:
-        """Add a mark that ends now."""
-        end = perf_counter() - self.began
-        mark = Mark(kind=kind, text=text, start=(end - lasted) * 1e3, end=end * 1e3, error=error)
+    def mark(self, kind: Kind, text: str, *, error: str | None = None) -> Mark:
+        """Add a mark of this moment."""
+        now = (perf_counter() - self.began) * 1e3
+        mark = Mark(kind=kind, text=text, start=now, end=now, error=error)
         self.stored.marks.append(mark)
         return mark
 
@@ -98,19 +100,27 @@ class Timelines(Observer):
             self._last.append(timeline.stored)
 
     @override
+    def wait_ended(self, unit: ObservedUnit, seconds: float, error: BaseException | None) -> None:
+        """A connection is held from now on, unless none became free."""
+        if timeline := here.get():
+            mark = timeline.mark("connection", "connection", error=type(error).__name__ if error else None)
+            timeline.held = None if error else mark
+
+    @override
     def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
-        """Add the time that the connection was held; its COMMIT or ROLLBACK ends now."""
+        """The connection is released, and COMMIT or ROLLBACK is over."""
         timeline = here.get()
         if timeline is None:
             return
-        timeline.mark("connection", "connection", lasted=transaction.held)
-        if (settling := timeline.settling) is not None:
-            timeline.end(settling)
-            if transaction.commit_error:
-                settling.error = transaction.commit_error
-                settling.end = settling.start + transaction.committing * 1e3
-                timeline.mark("rollback", "ROLLBACK").start = settling.end
-        timeline.settling = None
+        for mark in (timeline.held, timeline.settling):
+            if mark is not None:
+                timeline.end(mark)
+        commit = timeline.settling
+        if commit is not None and transaction.commit_error:
+            rollback = timeline.mark("rollback", "ROLLBACK")
+            commit.error = transaction.commit_error
+            commit.end = rollback.start = min(commit.start + transaction.committing * 1e3, rollback.end)
+        timeline.held = timeline.settling = None
 
     @override
     def unit_closed(self, unit: ObservedUnit) -> None:
