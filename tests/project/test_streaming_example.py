@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 from httpx2 import AsyncClient
+from sqlalchemy import AsyncAdaptedQueuePool
 
 from examples.streaming import ROWS_AT_A_TIME, create_app
 from examples.streaming_memory import fill
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel's, about its execute()
 )
 ATTIC = {"place": "attic", "celsius": 31}
-ONE_CONNECTION: EngineArgs = {"pool_size": 1, "max_overflow": 0}
+ONE_CONNECTION: EngineArgs = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0}
 MEGABYTE = 2**20
 
 

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol
 
 import pytest
+from sqlalchemy import AsyncAdaptedQueuePool
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -15,7 +16,7 @@ from fastapi_async_sqlalchemy.testing import SandboxedApp
 from tests.support.databases import JudgeFor
 from tests.support.serving import serve
 
-ONE_CONNECTION: EngineArgs = {"pool_size": 1, "max_overflow": 0}
+ONE_CONNECTION: EngineArgs = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1, "max_overflow": 0}
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(?s).*session.exec:DeprecationWarning"  # SQLModel's, about its execute()
 )
