@@ -70,6 +70,10 @@ demo-served: $(VENV)/.installed
 demo-screenshot: venv ## draw docs/demo.png and docs/demo-dark.png again, by the chromium of the PATH
 	$(bin)/python -m tests.support.demo
 
+.PHONY: bookshop
+bookshop: venv ## run the bookshop: databases, Redis, worker and web server (ARGS=--replica for a standby as well)
+	$(bin)/python -W ignore -m examples.bookshop $(ARGS)
+
 .PHONY: check
 check: lint types test ## everything: lint, types, test
 
