@@ -57,9 +57,18 @@ QUICK ?= tests/test_architecture.py $(addprefix tests/, \
 quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
+# The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
 .PHONY: demo
-demo: venv ## run the quickstart
-	$(bin)/python examples/quickstart.py
+demo: ## serve a small bank and a page that draws each request's transaction
+	+@$(MAKE) --no-print-directory demo-served VENV=$(VENV)/demo LOCK=requirements/demo.txt
+
+.PHONY: demo-served
+demo-served: $(VENV)/.installed
+	$(bin)/python -m examples.demo
+
+.PHONY: demo-screenshot
+demo-screenshot: venv ## draw docs/demo.png and docs/demo-dark.png again, by the chromium of the PATH
+	$(bin)/python -m tests.support.demo
 
 .PHONY: bookshop
 bookshop: venv ## run the bookshop: databases, Redis, worker and web server (ARGS=--replica for a standby as well)
@@ -152,3 +161,5 @@ lock: $(VENV)/.locked ## pin requirements/*.txt again after a change of dependen
 	$(compile) requirements/dev.in requirements/lowest.in -o requirements/lowest.txt
 	$(compile) requirements/{dev,guides,sqlalchemy-2.0}.in -o requirements/sqlalchemy-2.0.txt
 	$(lock-only) requirements/dist.in --constraint requirements/dev.txt $(UPGRADE) -o requirements/dist.txt
+	$(lock-only) --extra sqlite pyproject.toml requirements/demo.in --constraint requirements/dev.txt \
+		-o requirements/demo.txt
