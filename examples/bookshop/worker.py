@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from attrs import define, field
+from redis.exceptions import RedisError
 from taskiq import AsyncBroker, TaskiqEvents, TaskiqState
 from taskiq.kicker import AsyncKicker
 from taskiq_redis import ListQueueBroker
@@ -25,10 +26,24 @@ QUEUE, TASK = "bookshop", "drain"
 logger = logging.getLogger(__name__)
 
 
+class PatientBroker(ListQueueBroker):
+    """A broker that asks again while Redis is away: by taskiq-redis 1.0 alone the process would end."""
+
+    async def listen(self) -> AsyncGenerator[bytes, None]:
+        """Yield the tasks."""
+        while True:
+            try:
+                async for message in super().listen():
+                    yield message
+            except RedisError as error:
+                logger.warning("Redis cannot be reached: %s", error)
+            await asyncio.sleep(1)
+
+
 def create_worker() -> AsyncBroker:
     """Make the worker's broker, from the environment."""
     worker = Worker(Settings.from_environment())
-    broker = ListQueueBroker(worker.settings.redis_url, queue_name=QUEUE)
+    broker = PatientBroker(worker.settings.redis_url, queue_name=QUEUE)
 
     @broker.task(task_name=TASK)
     async def empty() -> None:

@@ -102,6 +102,18 @@ async def test_reports_that_are_down(settings: Settings) -> None:
             assert left.all() == ["sale"]
 
 
+async def test_worker_without_redis(settings: Settings, judge_for: JudgeFor) -> None:
+    """Without Redis an order is placed, and the sweep of a worker delivers its messages."""
+    without = evolve(settings, redis_url="redis://127.0.0.1:1", sweep_seconds=1)
+    judge = await judge_for(settings.shop_url.render_as_string(hide_password=False))
+    async with asgi_client(create_app(without)) as client, worker(without) as process:
+        await fill(1)
+        assert (await order(client, {ISBN: 1})).status_code == 201
+        while await judge.scalar("SELECT count(*) FROM outbox"):
+            assert process.returncode is None
+        assert len(mails(settings)) == 1
+
+
 @pytest.mark.slow
 async def test_killed_worker_loses_nothing(
     client: AsyncClient, settings: Settings, judge_for: JudgeFor
