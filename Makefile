@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 # One cache for each environment: what mypy knows of SQLAlchemy 2.0 is not true of 2.1.
 export MYPY_CACHE_DIR := $(abspath $(VENV))/mypy-cache
 sources := $(shell find src typings -not -name '*.pyc' 2>/dev/null)
-typed := $(wildcard typing_tests tests examples benchmarks campaign)
+typed := $(wildcard typing_tests tests examples benchmarks campaign website)
 
 .PHONY: help
 help: ## list what can be made
@@ -71,6 +71,14 @@ bench: venv ## measure beside hand-written floors, some five minutes (ARGS=--qui
 .PHONY: campaign
 campaign: venv ## look for lost writes while everything breaks, some three minutes (ARGS="--seed 7", or --help)
 	$(bin)/python -W ignore -m campaign $(ARGS)
+
+.PHONY: site
+site: venv ## build the documentation as a site into build/site; what is broken fails
+	$(bin)/python -m website
+
+.PHONY: docs-serve
+docs-serve: venv ## serve the site at http://localhost:8000, and follow changes of its pages
+	$(bin)/python -m website --serve
 
 .PHONY: lint
 lint: venv ## ruff: rules and format; codespell
