@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -163,6 +164,8 @@ async def test_server_gives_up_a_request(
     server: Server, judge: Judge, other: Judge, postgresql_url: str, tmp_path: Path
 ) -> None:
     """A request that takes longer than the server waits after SIGTERM is rolled back, and not answered."""
+    if server is HYPERCORN and sys.version_info >= (3, 12):
+        pytest.skip("asyncio's Server.wait_closed() waits for all connections, and hypercorn awaits it")
     async with deployed(server, APP, postgresql_url, judge, tmp_path / "log", patience=1) as site:
         await opens_a_pool_in_each_worker(site, server.processes)
         async with locked(other, "stock"), site.request("POST", "/orders?item=tea") as exchange:
