@@ -61,6 +61,10 @@ quick: venv ## run the tests that tell most, within a minute (ARGS as for make t
 demo: venv ## run the quickstart
 	$(bin)/python examples/quickstart.py
 
+.PHONY: bookshop
+bookshop: venv ## run the bookshop: databases, Redis, worker and web server (ARGS=--replica for a standby as well)
+	$(bin)/python -W ignore -m examples.bookshop $(ARGS)
+
 .PHONY: check
 check: lint types test ## everything: lint, types, test
 
