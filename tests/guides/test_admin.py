@@ -12,11 +12,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 pytest.importorskip("sqladmin", reason="requirements/guides.in is not in the lowest row")
 
-from sqladmin import Admin, ModelView
 from starlette_admin.contrib import sqla as starlette_admin
 
-from examples.admin import by_sqladmin, by_starlette_admin
-from examples.admin.tables import Base, Product
+from examples.admin import by_engine, by_sqladmin, by_starlette_admin
+from examples.admin.tables import Product
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 from tests.support.databases import Judge, JudgeFor
 from tests.support.serving import asgi_client
@@ -117,29 +116,24 @@ async def test_form_that_violates_a_constraint(forms: Forms, judge: Judge) -> No
     assert forms.messages() == ["tea has changed", "cup has changed"]
 
 
-class PlainAdmin(ModelView, model=Product):
-    """The pages of a product, without hooks."""
-
-
 @pytest.mark.parametrize("interface", ["sqladmin", "starlette-admin"])
 async def test_engine_alone(interface: str, url: str, judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
     """With the application's engine an interface makes plain sessions: committed, but no unit sees them."""
-    engine = create_async_engine(url)
-    app = FastAPI()
-    app.add_middleware(SQLAlchemyMiddleware, custom_engine=engine)
     if interface == "sqladmin":
-        Admin(app, engine).add_view(PlainAdmin)
+        app = by_engine.create_app(url)
     else:
-        other = starlette_admin.Admin(engine)
-        other.add_view(starlette_admin.ModelView(Product))
-        other.mount_to(app)
+        engine = create_async_engine(url)
+        app = FastAPI(lifespan=by_starlette_admin.lifespan)
+        app.add_middleware(SQLAlchemyMiddleware, custom_engine=engine)
+        admin = starlette_admin.Admin(engine)
+        admin.add_view(starlette_admin.ModelView(Product))
+        admin.mount_to(app)
     opened: list[object] = []
     async with asgi_client(app, raise_app_exceptions=False) as client:
-        await db.create_all(Base.metadata)
         db.on_open(opened.append)
         response = await Forms(client, "", ("", ""), caplog).send(CREATE, "tea", 3)
         assert response.is_redirect, response.text
         assert await judge.rows(PRODUCTS) == [("tea", 3)]
         assert opened == []
         assert db.pool_status().checked_out == 0
-    await engine.dispose()
+        await db.engine.dispose()
