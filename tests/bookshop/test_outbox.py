@@ -104,7 +104,7 @@ async def test_reports_that_are_down(settings: Settings) -> None:
 
 async def test_worker_without_redis(settings: Settings, judge_for: JudgeFor) -> None:
     """Without Redis an order is placed, and the sweep of a worker delivers its messages."""
-    without = evolve(settings, redis_url="redis://127.0.0.1:1", sweep_seconds=1)
+    without = settings.model_copy(update={"redis_url": "redis://127.0.0.1:1", "sweep_seconds": 1})
     judge = await judge_for(settings.shop_url.render_as_string(hide_password=False))
     async with asgi_client(create_app(without)) as client, worker(without) as process:
         await fill(1)
