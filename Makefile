@@ -57,9 +57,21 @@ QUICK ?= tests/test_architecture.py $(addprefix tests/, \
 quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: venv ## lose leaders and nodes of clusters, some five minutes; needs etcd, haproxy and Galera (ARGS as above)
+	$(bin)/pytest -m cluster $(ARGS) tests/failover
+
 .PHONY: demo
 demo: venv ## run the quickstart
 	$(bin)/python examples/quickstart.py
+
+.PHONY: cluster
+cluster: venv ## start three PostgreSQL under Patroni and an application, until Ctrl-C (ARGS=--haproxy)
+	$(bin)/python -W ignore -m examples.cluster $(ARGS)
+
+.PHONY: cluster-kill
+cluster-kill: ## kill the leader of that cluster
+	$(bin)/python -m examples.cluster.kill
 
 .PHONY: check
 check: lint types test ## everything: lint, types, test

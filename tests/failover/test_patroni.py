@@ -1,0 +1,51 @@
+"""A PostgreSQL cluster under Patroni loses its leader while an application writes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import monotonic
+
+import pytest
+
+from tests.failover.load import ROUND, Load, application
+from tests.support.patroni import Cluster
+
+Harm = Callable[[Cluster], Awaitable[None]]
+
+
+async def kill_leader(cluster: Cluster) -> None:
+    """Lose the leader's machine: its successor is elected when the TTL has passed."""
+    await asyncio.to_thread((await asyncio.to_thread(cluster.leader)).kill)
+
+
+async def crash_leader(cluster: Cluster) -> None:
+    """Kill the leader's PostgreSQL, whose Patroni hands over at once."""
+    await asyncio.to_thread(cluster.configure, primary_start_timeout=0)
+    await asyncio.to_thread((await asyncio.to_thread(cluster.leader)).crash)
+
+
+async def switch_over(cluster: Cluster) -> None:
+    """Have the leader hand over to its synchronous standby."""
+    await asyncio.to_thread(cluster.switchover)
+
+
+by_url_or_proxy = pytest.mark.parametrize("proxied", [False, True], ids=["url of all", "haproxy"])
+
+
+@by_url_or_proxy
+@pytest.mark.parametrize("harm", [switch_over, crash_leader, kill_leader])
+async def test_leader_is_lost_under_load(cluster: Cluster, harm: Harm, *, proxied: bool) -> None:
+    """Each request is answered in time, by 201 or 503, and what was answered by 201 is on the new leader."""
+    before = await asyncio.to_thread(cluster.leader)
+    urls = [cluster.url(role, proxied=proxied) for role in ("primary", "replica")]
+    async with application(*urls) as client:
+        load = Load(client)
+        async with load.running():
+            await load.more(ROUND)
+            begun = monotonic()
+            harmed = asyncio.create_task(harm(cluster))
+            await load.failed()
+            seconds = await load.more(1) - begun
+            await harmed
+            await load.more(ROUND)
+        assert await asyncio.to_thread(cluster.leader) is not before
+        await load.check(cluster, what=f"{harm.__name__} {proxied=}", seconds=seconds)
