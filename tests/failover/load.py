@@ -38,7 +38,9 @@ class Load:
     sent: set[str] = Factory(set[str])
     longest: float = 0.0
     _run: str = Factory(lambda: uuid4().hex[:8])
-    _told: asyncio.Queue[float] = Factory(asyncio.Queue[float])
+    _times: asyncio.Queue[float] = Factory(asyncio.Queue[float])
+    """When each write was told."""
+    _refused: asyncio.Event = Factory(asyncio.Event)
     _ended: bool = False
 
     async def _write(self, name: int) -> None:
@@ -55,23 +57,23 @@ class Load:
         self.longest = max(self.longest, monotonic() - begun)
         if response.status_code == 201:
             self.told.add(key)
-            self._told.put_nowait(monotonic())
+            self._times.put_nowait(monotonic())
         else:
             self.answers[f"{response.status_code} {response.text}"] += 1
+            self._refused.set()
             await asyncio.sleep(BETWEEN_TRIES)
         return response.status_code
 
     async def more(self, count: int) -> float:
         """Wait until so many more writes are told than are now; return when the first of them was."""
-        while not self._told.empty():
-            self._told.get_nowait()
-        return min([await self._told.get() for _ in range(count)])
+        while not self._times.empty():
+            self._times.get_nowait()
+        return min([await self._times.get() for _ in range(count)])
 
     async def failed(self) -> None:
         """Wait until a request is answered by an error."""
-        before = self.answers.total()
-        while self.answers.total() == before:
-            await asyncio.sleep(BETWEEN_TRIES)
+        self._refused.clear()
+        await self._refused.wait()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
