@@ -1,15 +1,15 @@
 """A PostgreSQL cluster under Patroni loses its leader while an application writes."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from time import monotonic
 
 import pytest
 
 from tests.failover.load import ROUND, Load, application
-from tests.support.patroni import Cluster
+from tests.support.patroni import ROLES, Cluster
 
-Harm = Callable[[Cluster], Awaitable[None]]
+Harm = Callable[[Cluster], Coroutine[None, None, None]]
 
 
 async def kill_leader(cluster: Cluster) -> None:
@@ -36,8 +36,8 @@ by_url_or_proxy = pytest.mark.parametrize("proxied", [False, True], ids=["url of
 async def test_leader_is_lost_under_load(cluster: Cluster, harm: Harm, *, proxied: bool) -> None:
     """Each request is answered in time, by 201 or 503, and what was answered by 201 is on the new leader."""
     before = await asyncio.to_thread(cluster.leader)
-    urls = [cluster.url(role, proxied=proxied) for role in ("primary", "replica")]
-    async with application(*urls) as client:
+    primary_url, replica_url = (cluster.url(role, proxied=proxied) for role in ROLES)
+    async with application(primary_url, replica_url) as client:
         load = Load(client)
         async with load.running():
             await load.more(ROUND)

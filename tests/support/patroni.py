@@ -3,12 +3,14 @@
 They run with the configuration of examples/cluster, with addresses, folders and users of this machine.
 """
 
+import csv
 import fcntl
 import json
 import os
 import pwd
 import re
 import signal
+import socket
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -48,6 +50,7 @@ _FAST: dict[str, Any] = {"fsync": "off", "full_page_writes": "on", "wal_init_zer
 """What a test run may do without: it survives every crash but the machine's."""
 
 Role = Literal["primary", "replica"]
+ROLES: tuple[Role, Role] = ("primary", "replica")
 
 
 @frozen
@@ -151,10 +154,7 @@ class Cluster:
         return found[0]
 
     def healthy(self) -> Member:
-        """Wait until all members are there, and the leader has its synchronous standby; return the leader.
-
-        HAProxy must have seen it as well.
-        """
+        """Wait until all stream from the leader, one of them synchronously, and HAProxy knows; return it."""
         until("a cluster in which all stream", self._is_healthy, LONG)
         return self.leader()
 
@@ -164,10 +164,27 @@ class Cluster:
         leader = [one for one in view.values() if one["role"] == "leader"]
         if len(view) != len(self.members) or roles != ["leader", "replica", "sync_standby"]:
             return False
+        leads = {one["name"] for one in leader}
+        if self.served() != {"primary": leads, "replicas": view.keys() - leads}:
+            return False
         return all(
             one["state"] in {"running", "streaming"} and one.get("timeline") == leader[0].get("timeline")
             for one in view.values()
         ) and all(ask(self.member(name).api, "GET", "/health")[0] == 200 for name in view)
+
+    def served(self) -> dict[str, set[str]]:
+        """Return which members HAProxy connects to for each role."""
+        said = bytearray()
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(f"{self.haproxy.log.parent}/admin.sock")
+            control.sendall(b"show stat\n")
+            while data := control.recv(65536):
+                said += data
+        up: dict[str, set[str]] = {"primary": set(), "replicas": set()}
+        for row in csv.DictReader(said.decode().removeprefix("# ").splitlines()):
+            if row["pxname"] in up and row["svname"] in NAMES and row["status"] == "UP":
+                up[row["pxname"]].add(row["svname"])
+        return up
 
     def switchover(self, candidate: Member | None = None) -> None:
         """Have the leader hand over, as `patronictl switchover` does."""
@@ -253,6 +270,7 @@ def patroni_cluster(*, loop_wait: int = 1, retry_timeout: int = 3, **settings: o
         for member in members[1:]:
             member.start()
         haproxy.start()
+        haproxy.ready("HAProxy", (home / "admin.sock").exists)
         cluster.healthy()
         yield cluster
 
@@ -330,6 +348,7 @@ def _haproxy(members: list[Member], write: Address, read: Address) -> str:
     for member in members:
         line = rf"{member.name}\.internal:5432 check port 8008"
         text = re.sub(line, f"{member.address} check port {member.api.port}", text)
+    text = text.replace("/run/haproxy/admin.sock", "unix@admin.sock")
     return text.replace("bind :5000", f"bind {write}").replace("bind :5001", f"bind {read}")
 
 
