@@ -1,12 +1,13 @@
 """A Galera cluster: conflicts at COMMIT, reads on another node, and nodes that take no commands."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
-from typing import Any
 
 import pytest
+from attrs import Factory, define
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import Connection, make_url, select, text
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from examples.cluster.galera import first_of
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
+    EngineArgs,
     SessionProxy,
     atomic,
     create_middleware_and_session_proxy,
@@ -31,6 +33,8 @@ from tests.support.tables import Note, create_tables
 DEADLOCK, NOT_READY = 1213, 1047
 CLIENTS = 6
 ROUND = 40
+BOUND = 30.0
+"""Seconds in which each write must be answered."""
 Pair = SessionProxy[AsyncSession]
 
 
@@ -63,7 +67,9 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def connected(node: Node, driver: str = "aiomysql", **engine_args: Any) -> AsyncGenerator[Pair]:
+async def connected(
+    node: Node, driver: str = "aiomysql", engine_args: EngineArgs | None = None
+) -> AsyncGenerator[Pair]:
     """Make a pair of a node; on exit no connection is out."""
     _, db = create_middleware_and_session_proxy(AsyncSession)
     async with db.connect(make_url(node.url).set(drivername=f"mysql+{driver}"), engine_args=engine_args):
@@ -108,7 +114,7 @@ async def test_conflicts_between_nodes_are_retried(galera: Galera, driver: str) 
 
 
 async def test_conflict_at_the_commit_of_a_request(galera: Galera, driver: str) -> None:
-    """The application's handler answers for a COMMIT that lost against another node, and nothing is stored."""
+    """The application's handler answers for a COMMIT that lost to another node, and nothing is stored."""
     middleware, db = create_middleware_and_session_proxy(AsyncSession)
     app = FastAPI()
     app.add_middleware(
@@ -169,7 +175,7 @@ async def test_node_that_takes_no_commands(galera: Galera, driver: str, *, at_co
 async def test_node_that_takes_no_commands_is_told(galera: Galera, driver: str) -> None:
     """Without retries it is an error that says what the node says; afterwards the pool serves again."""
     node = galera.nodes[0]
-    async with connected(node, driver, pool_pre_ping=True) as db:
+    async with connected(node, driver, {"pool_pre_ping": True}) as db:
         node.run("SET GLOBAL wsrep_reject_queries = ALL")
         try:
             with pytest.raises(OperationalError, match="WSREP has not yet prepared node") as caught:
@@ -237,55 +243,84 @@ async def isolate(node: Node) -> None:
     await asyncio.to_thread(node.run, "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
 
 
+@define(eq=False)
+class Writers:
+    """Tasks that write one note after another, and know what they were told."""
+
+    db: Pair
+    told: set[str] = Factory(set[str])
+    errors: list[str] = Factory(list[str])
+    longest: float = 0.0
+    _ended: bool = False
+    _successes: asyncio.Queue[str] = Factory(asyncio.Queue[str])
+    _refused: asyncio.Event = Factory(asyncio.Event)
+
+    async def _write(self, name: int) -> None:
+        for number in itertools.count():
+            if self._ended:
+                return
+            begun, note = monotonic(), f"{name}-{number}"
+            try:
+                async with self.db.begin() as unit:
+                    unit.session.add(Note(text=note))
+            except (DBAPIError, OSError) as error:
+                self.errors.append(type(error).__name__)
+                self._refused.set()
+                await asyncio.sleep(0.02)
+            else:
+                self.told.add(note)
+                self._successes.put_nowait(note)
+            self.longest = max(self.longest, monotonic() - begun)
+
+    async def more(self, count: int) -> None:
+        """Wait until so many more writes are told than are now."""
+        while not self._successes.empty():
+            self._successes.get_nowait()
+        for _ in range(count):
+            await self._successes.get()
+
+    async def refused(self) -> None:
+        """Wait for the first error."""
+        await self._refused.wait()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Run them; each ends with its last write."""
+        async with asyncio.TaskGroup() as tasks:
+            for name in range(CLIENTS):
+                tasks.create_task(self._write(name))
+            try:
+                yield
+            finally:
+                self._ended = True
+
+
 @pytest.mark.parametrize("harm", [lose, isolate])
-async def test_next_node_is_used(galera: Galera, harm: Any) -> None:
+async def test_next_node_is_used(galera: Galera, harm: Callable[[Node], Awaitable[None]]) -> None:
     """Writes go on at the next node, what was told is there, and what was refused was answered in time."""
     creator = first_of([("127.0.0.1", node.port) for node in galera.nodes], user="root", db="shop")
-    told, refused, longest, first_told = set[str](), list[str](), 0.0, 0.0
-    ended = asyncio.Event()
-    async with connected(galera.nodes[0], async_creator=creator, pool_pre_ping=True) as db:
-
-        async def client(name: int) -> None:
-            nonlocal longest, first_told
-            number = 0
-            while not ended.is_set():
-                number += 1
-                begun = monotonic()
-                try:
-                    async with asyncio.timeout(30), db.begin() as unit:
-                        unit.session.add(Note(text=f"{name}-{number}"))
-                except (DBAPIError, OSError) as error:
-                    refused.append(type(error).__name__)
-                    await asyncio.sleep(0.02)
-                else:
-                    told.add(f"{name}-{number}")
-                longest = max(longest, monotonic() - begun)
-
-        async def more(count: int) -> None:
-            wanted = len(told) + count
-            while len(told) < wanted:
-                await asyncio.sleep(0.01)
-
-        async with asyncio.TaskGroup() as clients:
-            for name in range(CLIENTS):
-                clients.create_task(client(name))
-            await more(ROUND)
+    engine_args: EngineArgs = {"async_creator": creator, "pool_pre_ping": True}
+    async with connected(galera.nodes[0], engine_args=engine_args) as db:
+        writers = Writers(db)
+        async with writers.running():
+            await writers.more(ROUND)
             begun = monotonic()
             await harm(galera.nodes[0])
-            while not refused:
-                await asyncio.sleep(0.01)
-            await more(1)
+            await writers.refused()
+            await writers.more(1)
             seconds = monotonic() - begun
-            await more(ROUND)
-            ended.set()
+            await writers.more(ROUND)
         async with db():
             port = await db.session.scalar(text("SELECT @@port"))
             rows = set(await db.session.scalars(select(Note.text)))
     await asyncio.to_thread(galera.nodes[0].run, "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
+    lost = writers.told - rows
     print(  # noqa: T201  # pytest -rP shows it
-        f"{harm.__name__}: told {len(told)}, refused {len(refused)}, lost {len(told - rows)}, "
-        f"stored but not told {len(rows - told)}, first success after {seconds:.1f} s, longest {longest:.1f} s"
+        f"{harm.__name__}: told {len(writers.told)}, refused {len(writers.errors)}, lost {len(lost)}, "
+        f"stored but not told {len(rows - writers.told)}, first success after {seconds:.1f} s, "
+        f"longest {writers.longest:.1f} s"
     )
+    assert lost == set()
     assert port == galera.nodes[1].port
-    assert told - rows == set()
+    assert writers.longest < BOUND
     await asyncio.to_thread(galera.healthy)

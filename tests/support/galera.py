@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +36,9 @@ class Node:
     @property
     def url(self) -> str:
         """The node's database `shop`, by aiomysql."""
-        return URL.create("mysql+aiomysql", "root", host="127.0.0.1", port=self.port, database="shop").render_as_string()
+        return URL.create(
+            "mysql+aiomysql", "root", host="127.0.0.1", port=self.port, database="shop"
+        ).render_as_string()
 
     def run(self, statement: str) -> str:
         """Run a statement by the node's own client, and return what it prints; nothing where it fails."""
@@ -77,6 +80,10 @@ class Galera:
         for node in gone:
             node.server.start()
         until("a cluster of all nodes", lambda: all(_is_synced(node) for node in self.nodes), 2 * PATIENCE)
+
+
+def _is_ready(node: Node) -> bool:
+    return node.status("local_state_comment") == "Synced"
 
 
 def _is_synced(node: Node) -> bool:
@@ -125,8 +132,16 @@ def galera_cluster() -> Generator[Galera]:
             command = [
                 *(server, *common, *FAST, f"--socket={folder}/socket", f"--port={port}"),
                 *("--bind-address=127.0.0.1", "--binlog-format=ROW", "--innodb-autoinc-lock-mode=2"),
-                *("--wsrep-on=ON", f"--wsrep-provider={provider}", f"--wsrep-cluster-address=gcomm://{peers}"),
-                *("--wsrep-node-address=127.0.0.1", "--wsrep-sst-method=rsync", f"--wsrep-node-name=node{number}"),
+                *(
+                    "--wsrep-on=ON",
+                    f"--wsrep-provider={provider}",
+                    f"--wsrep-cluster-address=gcomm://{peers}",
+                ),
+                *(
+                    "--wsrep-node-address=127.0.0.1",
+                    "--wsrep-sst-method=rsync",
+                    f"--wsrep-node-name=node{number}",
+                ),
                 f"--wsrep-sst-receive-address=127.0.0.1:{state}",
                 f"--wsrep-provider-options={';'.join('='.join(one) for one in options.items())}",
             ]
@@ -138,7 +153,11 @@ def galera_cluster() -> Generator[Galera]:
             if number == 0:
                 node.server = first
             node.server.start()
-            node.server.ready("a Galera node", lambda node=node: node.status("local_state_comment") == "Synced", 2 * PATIENCE)
+            node.server.ready(
+                "a Galera node",
+                partial(_is_ready, node),
+                2 * PATIENCE,
+            )
             node.server.command = command
         cluster = Galera(nodes)
         nodes[0].run("CREATE DATABASE shop")

@@ -275,6 +275,34 @@ def patroni_cluster(*, loop_wait: int = 1, retry_timeout: int = 3, **settings: o
         yield cluster
 
 
+@contextmanager
+def pgbouncer_before(cluster: Cluster) -> Generator[Address]:
+    """Start the example's PgBouncer before HAProxy, and yield where it listens; end it on exit."""
+    path, user = program("pgbouncer", "Debian's package pgbouncer"), server_user()
+    (address,) = [Address(port) for port in free_ports(1)]
+    with TemporaryDirectory(prefix="pgbouncer-") as name:
+        Path(name).chmod(0o755)
+        home = _home(Path(name, "home"), user)
+        text = (EXAMPLE / "pgbouncer.ini").read_text()
+        for old, new in (
+            ("host=haproxy.internal port=5000", f"host={cluster.write.host} port={cluster.write.port}"),
+            ("host=haproxy.internal port=5001", f"host={cluster.read.host} port={cluster.read.port}"),
+            ("listen_port = 6432", f"listen_port = {address.port}\nunix_socket_dir ="),
+            ("scram-sha-256", "trust"),
+            ("/etc/pgbouncer/userlist.txt", "userlist.txt"),
+        ):
+            text = text.replace(old, new)
+        (home / "pgbouncer.ini").write_text(text)
+        (home / "userlist.txt").write_text('"postgres" ""\n')
+        bouncer = Program([path, "pgbouncer.ini"], home / "log", user)
+        try:
+            bouncer.start()
+            bouncer.ready("PgBouncer", lambda: "process up" in bouncer.log.read_text())
+            yield address
+        finally:
+            bouncer.kill()
+
+
 def server_user() -> User | None:
     """Return who runs the servers: they refuse root, for whom it is the user of the PostgreSQL of a wheel."""
     if os.geteuid() != 0:
