@@ -19,6 +19,7 @@ from time import monotonic
 from attrs import Factory, define
 from httpx2 import AsyncClient, HTTPError
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
 
 from examples.cluster.app import Note, create_app, primary
 from examples.cluster.kill import PID_FILE
@@ -77,10 +78,13 @@ class Clients:
         refused = ", ".join(f"{count} {answer}" for answer, count in self.refused.items()) or "none"
         return f"told {len(self.told)}, longest answer {self.longest:.1f} s, refused: {refused}"
 
-    async def lost(self) -> int:
+    async def lost(self) -> str:
         """Count the notes that they were told are stored, and are not."""
-        async with primary() as unit:
-            return len(self.told - set(await unit.session.scalars(select(Note.key))))
+        try:
+            async with primary() as unit:
+                return str(len(self.told - set(await unit.session.scalars(select(Note.key)))))
+        except (DBAPIError, OSError) as error:
+            return f"unknown, for there is no leader ({type(error).__name__})"
 
 
 async def watch(cluster: Cluster) -> None:

@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated
 
+from asyncpg.exceptions import (  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+    TargetServerAttributeNotMatched,
+)
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -107,8 +110,13 @@ def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[Repl
 def is_outage(error: Exception) -> bool:
     """Whether an error says that the server is gone, is about to go, or leads no more."""
     if not isinstance(error, DBAPIError):
-        return isinstance(error, OSError)
-    return error.connection_invalidated or getattr(error.orig, "sqlstate", None) in OUTAGES
+        return isinstance(error, OSError | TargetServerAttributeNotMatched)
+    state, cause = getattr(error.orig, "sqlstate", None), getattr(error.orig, "__cause__", None)
+    return (
+        error.connection_invalidated
+        or state in OUTAGES
+        or isinstance(cause, TargetServerAttributeNotMatched)  # all hosts are standbys
+    )
 
 
 async def unavailable(_: Request, error: Exception) -> Response:
@@ -133,6 +141,6 @@ def create_app(primary_url: str, replica_url: str, engine_args: EngineArgs = ENG
     app.add_middleware(PrimaryMiddleware, db_url=primary_url, engine_args=engine_args)
     app.add_middleware(ReplicaMiddleware, db_url=replica_url, engine_args=engine_args)
     app.include_router(router)
-    for error in (DBAPIError, OSError):
+    for error in (DBAPIError, OSError, TargetServerAttributeNotMatched):  # the last one before SQLAlchemy 2.1
         app.add_exception_handler(error, unavailable)
     return app

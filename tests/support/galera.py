@@ -126,7 +126,7 @@ def galera_cluster() -> Generator[Galera]:
             )
             options = {
                 "gmcast.listen_addr": f"tcp://127.0.0.1:{group}",
-                "ist.recv_addr": f"127.0.0.1:{increments}",
+                "ist.recv_addr": f"127.0.0.1:{increments}",  # codespell:ignore ist
                 **_OPTIONS,
             }
             command = [

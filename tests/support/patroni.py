@@ -238,11 +238,7 @@ def patroni_cluster(*, loop_wait: int = 1, retry_timeout: int = 3, **settings: o
     `settings` are further ones of the cluster's. Raises ProgramMissingError where a program is not installed,
     and ProgramError where one does not start.
     """
-    etcd_program = program("etcd", "Debian's package etcd-server")
-    haproxy_program = program("haproxy", "Debian's package haproxy")
-    if find_spec("patroni") is None:
-        message = "there is no Patroni: install patroni[etcd3]."
-        raise ProgramMissingError(message)
+    etcd_program, haproxy_program = require_programs()
     user = server_user()
     with TemporaryDirectory(prefix="postgresql-") as name, ExitStack() as exits:
         folder = Path(name)
@@ -273,6 +269,21 @@ def patroni_cluster(*, loop_wait: int = 1, retry_timeout: int = 3, **settings: o
         haproxy.ready("HAProxy", (home / "admin.sock").exists)
         cluster.healthy()
         yield cluster
+
+
+def require_programs() -> tuple[str, str]:
+    """Return where etcd and HAProxy are; raise ProgramMissingError for all that is not installed."""
+    found, absent = list[str](), list[str]()
+    for name, package in (("etcd", "Debian's package etcd-server"), ("haproxy", "Debian's package haproxy")):
+        try:
+            found.append(program(name, package))
+        except ProgramMissingError as error:
+            absent.append(f"{error}")
+    if find_spec("patroni") is None:
+        absent.append("there is no Patroni: install patroni[etcd3].")
+    if absent:
+        raise ProgramMissingError("\n".join(absent))
+    return found[0], found[1]
 
 
 @contextmanager
