@@ -1,11 +1,13 @@
 """Fixtures: a cluster of each kind, which is whole again when a test begins."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.databases import Judge
 from tests.support.patroni import Cluster, patroni_cluster
 from tests.support.programs import ProgramMissingError
 
@@ -35,8 +37,14 @@ def cluster(lasting_cluster: Cluster) -> Cluster:
     for member in lasting_cluster.members:
         if not member.patroni.runs:
             member.start()
-    lasting_cluster.healthy()
+    leader = lasting_cluster.healthy()
+    asyncio.run(_empty(leader.url))
     return lasting_cluster
+
+
+async def _empty(url: str) -> None:
+    async with Judge(url) as judge:
+        await judge.execute("DROP TABLE IF EXISTS note, reply")
 
 
 def missing(error: ProgramMissingError) -> None:
