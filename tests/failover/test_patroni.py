@@ -28,11 +28,14 @@ async def switch_over(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.switchover)
 
 
-by_url_or_proxy = pytest.mark.parametrize("proxied", [False, True], ids=["url of all", "haproxy"])
-
-
-@by_url_or_proxy
-@pytest.mark.parametrize("harm", [switch_over, crash_leader, kill_leader])
+@pytest.mark.parametrize(
+    ("harm", "proxied"),
+    [
+        *((switch_over, proxied) for proxied in (False, True)),
+        (crash_leader, False),  # test_pgbouncer.py has it by HAProxy
+        *((kill_leader, proxied) for proxied in (False, True)),
+    ],
+)
 async def test_leader_is_lost_under_load(cluster: Cluster, harm: Harm, *, proxied: bool) -> None:
     """Each request is answered in time, by 201 or 503, and what was answered by 201 is on the new leader."""
     before = await asyncio.to_thread(cluster.leader)
