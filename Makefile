@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 # One cache for each environment: what mypy knows of SQLAlchemy 2.0 is not true of 2.1.
 export MYPY_CACHE_DIR := $(abspath $(VENV))/mypy-cache
 sources := $(shell find src typings -not -name '*.pyc' 2>/dev/null)
-typed := $(wildcard typing_tests tests examples benchmarks campaign)
+typed := $(wildcard typing_tests tests examples benchmarks campaign website)
 
 .PHONY: help
 help: ## list what can be made
@@ -61,9 +61,22 @@ quick: venv ## run the tests that tell most, within a minute (ARGS as for make t
 test-cluster: venv ## lose leaders and nodes of clusters, some five minutes; needs etcd, haproxy and Galera (ARGS as above)
 	$(bin)/pytest -m cluster $(ARGS) tests/failover
 
+# The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
 .PHONY: demo
-demo: venv ## run the quickstart
-	$(bin)/python examples/quickstart.py
+demo: ## serve a small bank and a page that draws each request's transaction
+	+@$(MAKE) --no-print-directory demo-served VENV=$(VENV)/demo LOCK=requirements/demo.txt
+
+.PHONY: demo-served
+demo-served: $(VENV)/.installed
+	$(bin)/python -m examples.demo
+
+.PHONY: demo-screenshot
+demo-screenshot: venv ## draw docs/demo.png and docs/demo-dark.png again, by the chromium of the PATH
+	$(bin)/python -m tests.support.demo
+
+.PHONY: bookshop
+bookshop: venv ## run the bookshop: databases, Redis, worker and web server (ARGS=--replica for a standby as well)
+	$(bin)/python -W ignore -m examples.bookshop $(ARGS)
 
 .PHONY: cluster
 cluster: venv ## start three PostgreSQL under Patroni and an application, until Ctrl-C (ARGS=--haproxy)
@@ -80,9 +93,21 @@ check: lint types test ## everything: lint, types, test
 bench: venv ## measure beside hand-written floors, some five minutes (ARGS=--quick, or --docs for the documentation)
 	$(bin)/python -W ignore -m benchmarks $(ARGS)
 
+.PHONY: compare
+compare: venv ## play the same scenarios with other packages, some six minutes (ARGS=--docs for the documentation)
+	$(bin)/python -W ignore -m benchmarks.field $(ARGS)
+
 .PHONY: campaign
 campaign: venv ## look for lost writes while everything breaks, some three minutes (ARGS="--seed 7", or --help)
 	$(bin)/python -W ignore -m campaign $(ARGS)
+
+.PHONY: site
+site: venv ## build the documentation as a site into build/site; what is broken fails
+	$(bin)/python -m website
+
+.PHONY: docs-serve
+docs-serve: venv ## serve the site at http://localhost:8000, and follow changes of its pages
+	$(bin)/python -m website --serve
 
 .PHONY: lint
 lint: venv ## ruff: rules and format; codespell
@@ -148,3 +173,5 @@ lock: $(VENV)/.locked ## pin requirements/*.txt again after a change of dependen
 	$(compile) requirements/dev.in requirements/lowest.in -o requirements/lowest.txt
 	$(compile) requirements/{dev,guides,sqlalchemy-2.0}.in -o requirements/sqlalchemy-2.0.txt
 	$(lock-only) requirements/dist.in --constraint requirements/dev.txt $(UPGRADE) -o requirements/dist.txt
+	$(lock-only) --extra sqlite pyproject.toml requirements/demo.in --constraint requirements/dev.txt \
+		-o requirements/demo.txt

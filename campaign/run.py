@@ -278,7 +278,7 @@ async def run(server: Server, plan: Plan) -> Result:
         routes = plan.routes or routes_for(postgresql=server.name == "postgresql")
         clients = Clients(process.port, routes, plan.deadline)
         faults = Faults(server, list(proxies.values()), lambda: clients.burst(3 * POOL_SIZE, 0.4), rng)
-        campaign = Campaign(server, process, clients, faults, random.Random(rng.random()), result)  # noqa: S311  # likewise
+        campaign = Campaign(server, process, clients, faults, random.Random(rng.random()), result)  # noqa: S311  # as above
         await campaign.go_through()
         await campaign.judge()
     return result

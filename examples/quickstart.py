@@ -1,4 +1,4 @@
-"""A bank in one file: `python examples/quickstart.py` serves it on an SQLite file of its own.
+"""A bank in one file: `python examples/quickstart.py` serves it on a temporary SQLite file.
 
 It needs this package with its extra [sqlite], and uvicorn. Every request is one transaction: a status
 below 400 commits it before the client hears of it, anything else rolls it back.
@@ -6,7 +6,7 @@ below 400 commits it before the client hears of it, anything else rolls it back.
 
 import os
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +65,7 @@ class Balance(BaseModel):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the tables, and three accounts the first time; outside a request a unit is opened by hand."""
+    """Make the tables, and three accounts the first time; outside a request you open a unit explicitly."""
     if db.engine.dialect.name == "sqlite":
         event.listen(db.engine.sync_engine, "connect", check_foreign_keys)
     await db.create_all(Base.metadata)
@@ -117,7 +117,7 @@ def create_app(db_url: str) -> FastAPI:
 
 
 GUIDE = """
-Open  {url}/docs
+Open  {url}{page}
 
 Read the balances:
   curl {url}/accounts
@@ -141,15 +141,16 @@ def listen(port: int) -> socket.socket:
         return socket.create_server(("127.0.0.1", 0))
 
 
-def main() -> None:
-    """Serve the bank until Ctrl-C."""
+def serve(make_app: Callable[[str], FastAPI], page: str) -> None:
+    """Serve an application on a temporary SQLite file until Ctrl-C."""
     port = int(os.environ.get("PORT", "8000"))
     with TemporaryDirectory(prefix="quickstart-") as folder, listen(port) as listener:
-        app = create_app(f"sqlite+aiosqlite:///{Path(folder, 'bank.db').as_posix()}")
-        print(GUIDE.format(url=f"http://127.0.0.1:{listener.getsockname()[1]}", post=POST), flush=True)
+        app = make_app(f"sqlite+aiosqlite:///{Path(folder, 'bank.db').as_posix()}")
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        print(GUIDE.format(url=url, page=page, post=POST), flush=True)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":
-    main()
+    serve(create_app, "/docs")

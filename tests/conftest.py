@@ -17,6 +17,7 @@ from fastapi_async_sqlalchemy import db
 from tests.support.databases import Judge, JudgeFor, find_mariadb, fresh_database
 from tests.support.databases import postgresql_server as start_postgresql
 from tests.support.mariadb import own_mariadb
+from tests.support.redis import RedisMissingError, own_redis
 from tests.support.site import MakeSite, Site, open_site
 from tests.support.stage import Stage
 from tests.support.worker import open_worker
@@ -97,6 +98,22 @@ def mariadb_server() -> Iterator[URL]:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """The Redis of this test run: tests share it, so that each uses its own keys.
+
+    Without the program the tests are skipped, but not where CI is set.
+    """
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(own_redis())
+        except RedisMissingError as error:
+            if os.environ.get("CI"):
+                pytest.fail(str(error))
+            pytest.skip(str(error))
+        yield url
 
 
 @pytest.fixture(autouse=True)

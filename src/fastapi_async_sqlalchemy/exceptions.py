@@ -36,11 +36,11 @@ __all__ = [
 
 _PAGE: Final = "https://github.com/h0rn3t/fastapi-async-sqlalchemy/blob/main/docs/errors.md"
 _ONE_TASK_AT_A_TIME: Final = (
-    "run them by `db.gather(...)`, give each task a unit of its own with `async with db():` inside the task, "
+    "run them by `db.gather(...)`, give each task a separate unit with `async with db():` inside the task, "
     "or end one before the other"
 )
 _START_AGAIN: Final = (
-    "call rollback() and start again, or let an error leave the unit; what may fail belongs into "
+    "call rollback() and start again, or let an error leave the unit; put what may fail in "
     "`async with db.unit.savepoint():`"
 )
 

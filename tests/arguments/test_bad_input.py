@@ -364,7 +364,7 @@ TOGETHER: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     ),
     "a fallback on the same engine": (
         lambda db, other: db.after(POSITION, fallback=bound_to(other, db.engine)),
-        "^fallback must be the primary's proxy, which has an engine of its own",
+        "^fallback must be the primary's proxy, which has a separate engine",
     ),
     "an unknown propagation in each task": (
         lambda db, _: db(multi_sessions=True, propagation=URLS["plain"]),

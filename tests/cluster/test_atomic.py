@@ -521,7 +521,7 @@ async def test_wrong_arguments(group: Group) -> None:
     _, unbound = create_middleware_and_session_proxy(AsyncSession)
     nonsense: Any = "postgresql://app:secret@localhost/shop"
     for wrong in ([], [first], [first, first], [first, same], [first, second, same]):
-        with pytest.raises(ConfigurationError, match="two databases or more, each at a URL of its own"):
+        with pytest.raises(ConfigurationError, match="two databases or more, each with a different URL"):
             atomic(*wrong)
     with pytest.raises(ConfigurationError, match=r"must be proxies such as `db`, not (?!.*secret)"):
         atomic(first, nonsense)

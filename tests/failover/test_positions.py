@@ -75,6 +75,7 @@ async def test_replica_falls_behind_and_comes_back(cluster: Cluster, *, proxied:
     """A late standby is an error that says so, or the leader serves the read; later the standby does."""
     standbys = [one for one in cluster.members if one is not await asyncio.to_thread(cluster.leader)]
     async with pairs_of(cluster, proxied=proxied) as pairs, AsyncExitStack() as paused:
+        await _until(pairs, standby=True)
         for standby in standbys:
             await paused.enter_async_context(replay_paused(standby))
         position = await pairs.write("late")
@@ -95,18 +96,18 @@ async def test_standbys_are_gone_and_come_back(cluster: Cluster, *, proxied: boo
         assert await pairs.read(before, "before")
         for standby in standbys:
             await asyncio.to_thread(standby.stop)
-        await _until(pairs, "alone", standby=False)
+        await _until(pairs, standby=False)
         alone = await pairs.write("alone")
         assert await pairs.read(alone, "alone")
         for standby in standbys:
             standby.start()
         await asyncio.to_thread(cluster.healthy)
         await pairs.replica.engine.dispose()  # else its connections to the leader go on
-        await _until(pairs, "again", standby=True)
+        await _until(pairs, standby=True)
         assert await pairs.read(await pairs.write("again"), "again")
 
 
-async def _until(pairs: Pairs, what: str, *, standby: bool) -> None:
+async def _until(pairs: Pairs, *, standby: bool) -> None:
     """Wait until a server of this role serves the replica's pair."""
     async with asyncio.timeout(LONG):
         while True:

@@ -1,4 +1,8 @@
-"""The documentation is true: its programs run, its commands answer as shown, its links lead somewhere."""
+"""The documentation is true: its programs run, its commands answer as shown, its links lead somewhere.
+
+A page is one test, because its blocks share a namespace. Sybil (10.1) makes each block a test, and
+pytest-xdist gives the blocks of one page to different processes. A failure names the line here, too.
+"""
 
 import asyncio
 import importlib

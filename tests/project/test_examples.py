@@ -139,21 +139,21 @@ async def test_acknowledged_transfers_survive_a_restart(postgresql_url: str, jud
 
 
 @asynccontextmanager
-async def quickstart(port: int) -> AsyncGenerator[asyncio.subprocess.Process]:
+async def started(program: list[str], port: int) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Start the program as a newcomer does; whatever happens, it is gone afterwards."""
-    program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "examples/quickstart.py"),
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *program),
         cwd=ROOT,
         env={**os.environ, "PORT": str(port)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        yield program
+        yield process
     finally:
         with suppress(ProcessLookupError):
-            program.kill()
-        await program.communicate()
+            process.kill()
+        await process.communicate()
 
 
 async def follow(guide: str) -> None:
@@ -171,13 +171,14 @@ async def follow(guide: str) -> None:
         assert left == {"alice": 70, "bob": 130, "carol": 100}
 
 
-async def test_newcomer_follows_the_printed_guide() -> None:
+@pytest.mark.parametrize("program", [["examples/quickstart.py"], ["-m", "examples.demo"]], ids=" ".join)
+async def test_newcomer_follows_the_printed_guide(program: list[str]) -> None:
     """The program finds a free port, its printed commands do what it says of them, and Ctrl-C ends it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        async with quickstart(taken.getsockname()[1]) as program:
-            assert program.stdout
-            await follow((await program.stdout.readuntil(b"Ctrl-C")).decode())
-            program.send_signal(signal.SIGINT)
-            _, log = await program.communicate()
-            assert program.returncode == 0, log.decode()
+        async with started(program, taken.getsockname()[1]) as process:
+            assert process.stdout
+            await follow((await process.stdout.readuntil(b"Ctrl-C")).decode())
+            process.send_signal(signal.SIGINT)
+            _, log = await process.communicate()
+            assert process.returncode == 0, log.decode()
             assert b"Traceback" not in log

@@ -50,6 +50,18 @@ async def test_judge_takes_values(judge_for: JudgeFor, database_url: str) -> Non
     assert await judge.scalar("SELECT id FROM ledger WHERE id = :id", id=8) is None
 
 
+async def test_redis_answers(redis_url: str) -> None:
+    """The Redis of the test run answers on the loopback, and writes nothing to a disk."""
+    url = make_url(redis_url)
+    expected = b"+PONG\r\n*2\r\n$4\r\nsave\r\n$0\r\n\r\n"
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"PING\r\nCONFIG GET save\r\nQUIT\r\n")
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    assert answer == expected + b"+OK\r\n"
+
+
 async def test_asyncmy_reaches_the_same_database(
     asyncmy_url: str, mariadb_url: str, judge_for: JudgeFor
 ) -> None:

@@ -205,7 +205,7 @@ async def test_gather_in_a_route(site: Narrow) -> None:
         await asyncio.gather(*(site.db.session.scalars(select(Note)) for _ in range(5)))
 
     for _ in range(ROUNDS):
-        with pytest.raises(ConcurrentUseError, match="give each task a unit of its own"):
+        with pytest.raises(ConcurrentUseError, match="give each task a separate unit"):
             await Exchange("/").call(site.app)
         await site.check_next()
     assert await site.notes() == []

@@ -65,7 +65,7 @@ def _running(command: list[str], log: Path, tries: int) -> Generator[int]:
         port: int = free.getsockname()[1]
     with (
         log.open("w") as said,
-        subprocess.Popen(  # noqa: S603  # likewise
+        subprocess.Popen(  # noqa: S603  # as above
             [*command, "--bind-address=127.0.0.1", f"--port={port}"], stderr=said
         ) as process,
     ):

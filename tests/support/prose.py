@@ -36,11 +36,15 @@ class Sentence:
         return self.text.count(",")
 
 
+def prose(page: Path) -> str:
+    """Return a page without code blocks, tables and headings; code in a sentence is one word."""
+    text = NO_PROSE.sub("\n\n", page.read_text("utf-8"))
+    return LINK.sub(lambda found: found["text"], CODE.sub("code", text))
+
+
 def sentences(page: Path) -> Iterator[Sentence]:
-    """Yield the sentences of a page's prose: no code blocks, no tables, no headings."""
-    prose = NO_PROSE.sub("\n\n", page.read_text("utf-8"))
-    prose = LINK.sub(lambda found: found["text"], CODE.sub("code", prose))
-    for part in END.split(prose):
+    """Yield the sentences of a page's prose."""
+    for part in END.split(prose(page)):
         text = " ".join(MARKUP.sub(" ", part).split())
         if len(text.split()) > 1:
             yield Sentence(text)

@@ -362,7 +362,7 @@ async def test_transactional_and_dependencies_without_middleware(worker: Site) -
         ({"retries": -1}, "retries must be a whole number of at least 0, not -1"),
         ({"retries": True}, "retries must be a whole number of at least 0, not True"),
         ({"retries": "3"}, "retries must be a whole number of at least 0, not '3'"),
-        ({"retries": 1, "propagation": "nested"}, "retries need a unit of their own: propagation='nested'"),
+        ({"retries": 1, "propagation": "nested"}, "retries need a separate unit: propagation='nested'"),
         ({"retries": 1, "propagation": "mandatory"}, "retries need .*: propagation='mandatory'"),
     ],
     ids=repr,

@@ -270,7 +270,7 @@ async def test_nested_explicit_units(bound: Pair) -> None:
             await write("3 inner")
             message = "after"
             raise LookupError(message)
-    with pytest.raises(DBAPIError, match=ON_COMMIT):  # likewise
+    with pytest.raises(DBAPIError, match=ON_COMMIT):  # as above
         async with outer(commit_on_exit=True):
             await write("4 neither", broken=bound.inner)
     assert await bound.notes() == (["1 both", "3 inner"], ["1 both", "2 outer"])

@@ -499,7 +499,7 @@ class SessionProxy(Generic[_S_co]):
         session_args: SessionArgs | None = None,
     ) -> Coroutine[None, None, tuple[_T1, _T2, _T3, _T4, _T5, _T6]]: ...
     @overload
-    def gather(  # pyright: ignore[reportOverlappingOverload]  # likewise
+    def gather(  # pyright: ignore[reportOverlappingOverload]  # as above
         self,
         coroutine1: Coroutine[Any, Any, _T1],
         /,

@@ -70,7 +70,7 @@ def atomic(*databases: Handle[AsyncSession]) -> AbstractAsyncContextManager[None
         _require_proxy(one)
     least, taken = max(_FEWEST, len(databases)), {proxy._database for proxy in databases}
     if len(taken) < least or len({address_of(one.engine.url) for one in taken}) < least:
-        message = "atomic() takes two databases or more, each at a URL of its own: use `db()` for one."
+        message = "atomic() takes two databases or more, each with a different URL: use `db()` for one."
         raise ConfigurationError(message)
     for proxy in databases:
         if commits_by_itself(proxy._database.engine):

@@ -49,7 +49,7 @@ def end_alone(adapted: Any) -> None:
 
 @contextmanager
 def outside_transaction(connection: Connection) -> Generator[None]:
-    """Run a query without a transaction of its own, unless one is open; then it is rolled back.
+    """Run a query without a separate transaction, unless one is open; then it is rolled back.
 
     A transaction with another level is begun, as the server may refuse that: a standby has no SERIALIZABLE.
     """

@@ -44,7 +44,7 @@ async def copied(source: str, suffix: str) -> AsyncGenerator[str]:
     else:
         message = (
             f"{url.get_backend_name()} copies no database: make one for each worker, and return its URL "
-            "from a fixture `sandbox_url` of your own."
+            "from your own fixture `sandbox_url`."
         )
         raise ConfigurationError(message)
 

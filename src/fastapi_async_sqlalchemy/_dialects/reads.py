@@ -1,4 +1,4 @@
-"""Plain reads on PostgreSQL, which need no transaction: each has a snapshot of its own there anyway."""
+"""Plain reads on PostgreSQL, which need no transaction: each has its own snapshot there anyway."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _FACTS: Final = (
 _READS_ALONE: Final = "fastapi_async_sqlalchemy.reads_alone"
 """Whether READ COMMITTED is the default of a connection."""
 _OURS: Final = 2
-"""The number of our own listeners for the statements of one database."""
+"""The number of this package's listeners for the statements of one database."""
 
 
 @lru_cache(maxsize=1024)

@@ -25,7 +25,7 @@ _IMPORTED_BY: Final = os.getpid()
 _REFUSED: Final = "another running event loop uses the engine"
 _OWN_LOOP: Final = (
     "make a `def` route an `async def`, let it call coroutine functions by `anyio.from_thread.run(...)`, or "
-    "give the other loop an engine of its own"
+    "give the other loop a separate engine"
 )
 
 

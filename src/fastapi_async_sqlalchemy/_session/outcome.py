@@ -32,7 +32,7 @@ logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 BROKEN: Final = "it was rolled back in the middle of a block that had joined it"
 OWN_UNIT: Final = (
-    "await the block's task before the unit commits, rolls back or ends, or give the block a unit of its own "
+    "await the block's task before the unit commits, rolls back or ends, or give the block a separate unit "
     "by propagation='requires_new'"
 )
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .state import SessionState, Shared
 
 _LONGEST: Final = 30.0
-"""Seconds to wait where the pool has no timeout of its own."""
+"""Seconds to wait if the pool has no timeout."""
 _DEADLOCK: Final = (
     "leave the session to the task that waits, open `async with db():` in the other one, or await it after "
     "the operation"
 )
-_TOO_LONG: Final = "give the slow task a unit of its own by `async with db():`, or raise pool_timeout"
+_TOO_LONG: Final = "give the slow task a separate unit with `async with db():`, or raise pool_timeout"
 
 
 @define(eq=False)

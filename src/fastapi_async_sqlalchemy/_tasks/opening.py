@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 
-_FALLBACK: Final = "fallback must be the primary's proxy, which has an engine of its own."
+_FALLBACK: Final = "fallback must be the primary's proxy, which has a separate engine."
 
 
 def open_scope(

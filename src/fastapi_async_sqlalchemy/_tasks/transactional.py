@@ -95,7 +95,7 @@ def decorator(
     propagation, database = propagation_of(propagation), handle._database
     settings = transaction_settings(read_only, isolation_level, deferrable, database.settings)
     if count("retries", retries, 0) and propagation in {"mandatory", "nested"}:
-        message = f"retries need a unit of their own: propagation={propagation!r} joins another one."
+        message = f"retries need a separate unit: propagation={propagation!r} joins another one."
         raise ConfigurationError(message)
 
     def scope() -> PropagatingScope[Any]:

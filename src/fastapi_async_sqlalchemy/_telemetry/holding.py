@@ -39,7 +39,7 @@ class LongHoldWarning(Observer):
             loop = asyncio.get_running_loop()
             self._timers[unit] = loop.call_later(self.seconds, self._warn, unit)
 
-    def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:  # noqa: ARG002  # likewise
+    def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:  # noqa: ARG002  # as above
         """Stop counting."""
         timer = self._timers.pop(unit, None)
         if timer is not None:

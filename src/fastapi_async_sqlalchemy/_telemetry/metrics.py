@@ -30,7 +30,7 @@ class PoolMetrics:
     def __init__(self, meter: Meter, pool_name: Callable[[ObservedPool], str]) -> None:
         self.pool_name = pool_name
         self._pools: tuple[ObservedPool, ...] = ()
-        """Replaced as a whole: a reader looks at it from a thread of its own."""
+        """Replaced as a whole, because readers use other threads."""
         for name, unit, look, description in (
             ("count", "{connection}", _count, "Connections that are used or idle"),
             ("max", "{connection}", _maximum, "The most connections that the pool opens"),

@@ -66,7 +66,7 @@ class Database(Generic[S_co]):
     waits: bool = False
     """Whether a task waits for its turn of a session by default."""
     begin: Begin | None = None
-    """When transactions on the engine in use begin, if whoever bound it has said so."""
+    """When transactions on the engine in use begin, if that was given where it was bound."""
     _engine: AsyncEngine | None = None
     _live: bool = False
     holder: Holder | None = None

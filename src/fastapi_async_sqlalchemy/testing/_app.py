@@ -1,4 +1,4 @@
-"""An application inside a sandbox of its own, for clients that run it in another event loop."""
+"""An application inside its own sandbox, for clients that run it in another event loop."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class SandboxServer:
         return self.connection.adapter
 
     def connect(self, engine: Engine, own: Pool) -> LogicalConnection:
-        """Return a new logical connection for an engine with a pool of its own; called inside a greenlet."""
+        """Return a new logical connection for an engine with its own pool; called inside a greenlet."""
         self._require()
         self.connection.open(engine, own)
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))

@@ -1,0 +1,1 @@
+"""A shop whose two databases Alembic migrates."""

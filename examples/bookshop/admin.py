@@ -1,0 +1,82 @@
+"""The admin, as an option: sqladmin behind a password, on the pool of the application."""
+
+from collections.abc import Sequence
+from secrets import compare_digest
+from typing import Any, ClassVar, TypeAlias
+
+from fastapi import FastAPI, Request
+from sqladmin import Admin, ModelView
+from sqladmin.authentication import AuthenticationBackend
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from examples.bookshop.models import Book, Message, Order
+from examples.bookshop.settings import Settings
+
+Columns: TypeAlias = str | Sequence[Any]
+
+
+class Password(AuthenticationBackend):
+    """One password for all who may enter."""
+
+    def __init__(self, password: str, secret_key: str, *, https_only: bool) -> None:
+        super().__init__(secret_key, https_only=https_only, same_site="strict")
+        self._password = password
+
+    async def login(self, request: Request) -> bool:
+        """Let in whoever knows the password."""
+        given = (await request.form()).get("password")
+        known = isinstance(given, str) and compare_digest(given.encode(), self._password.encode())
+        if known:
+            request.session["admin"] = True
+        return known
+
+    async def logout(self, request: Request) -> bool:
+        """Forget that somebody was let in."""
+        request.session.clear()
+        return True
+
+    async def authenticate(self, request: Request) -> bool:
+        """Say whether somebody was let in."""
+        return request.session.get("admin") is True
+
+
+class Books(ModelView, model=Book):
+    """Prices and stock."""
+
+    column_list: ClassVar[Columns] = [Book.isbn, Book.title, Book.cents, Book.stock]
+
+
+class Orders(ModelView, model=Order):
+    """Orders, to look at."""
+
+    column_list: ClassVar[Columns] = [Order.id, Order.customer, Order.placed_at]
+    can_create = can_edit = can_delete = False
+
+
+class Outbox(ModelView, model=Message):
+    """What is still to be done, and why it failed."""
+
+    column_list: ClassVar[Columns] = [
+        Message.id,
+        Message.kind,
+        Message.due_at,
+        Message.attempts,
+        Message.last_error,
+    ]
+    can_create = can_edit = False
+
+
+def add_admin(app: FastAPI, settings: Settings) -> async_sessionmaker[AsyncSession]:
+    """Add the admin at /admin if there is a password; its sessions want the engine, once there is one."""
+    sessions = async_sessionmaker(class_=AsyncSession)
+    if not settings.admin_password or not settings.admin_secret:
+        return sessions
+    login = Password(
+        settings.admin_password.get_secret_value(),
+        settings.admin_secret.get_secret_value(),
+        https_only=settings.admin_https,
+    )
+    admin = Admin(app, session_maker=sessions, authentication_backend=login)
+    for view in (Books, Orders, Outbox):
+        admin.add_view(view)
+    return sessions

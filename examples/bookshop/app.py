@@ -1,0 +1,84 @@
+"""The web application: `uvicorn --factory examples.bookshop.app:from_environment`."""
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.trace import TracerProvider
+
+from examples.bookshop.admin import add_admin
+from examples.bookshop.databases import (
+    ReplicaMiddleware,
+    ReportingMiddleware,
+    ShopMiddleware,
+    engine_args,
+    observers_of,
+    shop,
+)
+from examples.bookshop.errors import add_error_handlers
+from examples.bookshop.health import LIVE, READY, health
+from examples.bookshop.orders import Wake
+from examples.bookshop.routes import router
+from examples.bookshop.settings import Settings
+from examples.bookshop.worker import queue
+
+
+def from_environment() -> FastAPI:
+    """Make the application that the environment describes."""
+    return create_app(Settings.from_environment())
+
+
+def create_app(
+    settings: Settings, *, wake: Wake | None = None, tracer_provider: TracerProvider | None = None
+) -> FastAPI:
+    """Make the application; a test may give `wake` in place of the queue, and a `tracer_provider`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as exits:
+            admin_sessions.configure(bind=shop.engine)
+            app.state.wake = wake or await exits.enter_async_context(queue(settings.redis_url))
+            yield
+
+    app = FastAPI(title="Bookshop", lifespan=lifespan)
+    admin_sessions = add_admin(app, settings)
+    app.include_router(router)
+    app.include_router(health)
+    add_error_handlers(app)
+    add_databases(app, settings, tracer_provider)
+    return app
+
+
+def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvider | None) -> None:
+    """Give each request a unit of each database; what was added last is the outermost.
+
+    Without a replica its place is taken by another pool of the primary, whose units only read as well.
+    """
+    observers = observers_of(settings, tracer_provider)
+    if settings.telemetry:
+        FastAPIInstrumentor.instrument_app(app, tracer_provider=tracer_provider)
+    pool, apart = engine_args(settings.pool_size), [LIVE, READY]
+    app.add_middleware(
+        ReportingMiddleware,
+        db_url=settings.reporting_url,
+        engine_args=pool,
+        exclude_paths=apart,
+        observers=observers,
+    )
+    app.add_middleware(
+        ReplicaMiddleware,
+        db_url=settings.replica_url or settings.shop_url,
+        engine_args=pool,
+        exclude_paths=apart,
+        observers=observers,
+    )
+    app.add_middleware(
+        ShopMiddleware,
+        db_url=settings.shop_url,
+        engine_args=pool,
+        exclude_paths=apart,
+        observers=observers,
+        max_concurrent_requests=2 * settings.pool_size,
+        request_queue_timeout=3,
+    )

@@ -1,0 +1,131 @@
+"""The routes: they read what the client sent, call a service, and write what it returned."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from sqlalchemy import func, select
+
+from examples.bookshop.databases import ReadingSession, Reporting, ShopUnit, replica, shop
+from examples.bookshop.models import Book, Isbn, Order, OrderId, Sale
+from examples.bookshop.orders import Wake, buy, catalogue, find_order
+from fastapi_async_sqlalchemy import WalPosition
+
+router = APIRouter()
+
+IsbnText = Annotated[Isbn, Field(pattern=r"^\d{13}$")]
+FIRST = Isbn("0" * 13)
+Copies = Annotated[dict[IsbnText, Annotated[int, Field(gt=0, le=100)]], Field(min_length=1, max_length=50)]
+
+
+class Answer(BaseModel):
+    """What is read from an object's attributes."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class BookData(Answer):
+    """A title of the catalogue, and what a new one needs."""
+
+    isbn: IsbnText
+    title: str
+    cents: PositiveInt
+    stock: Annotated[int, Field(ge=0)]
+
+
+class NewOrder(BaseModel):
+    """What a customer orders: how many copies of which titles."""
+
+    customer: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$", max_length=254)]
+    copies: Copies
+
+
+class LineData(Answer):
+    """A line of an order."""
+
+    isbn: Isbn
+    quantity: int
+    cents: int
+
+
+class OrderData(Answer):
+    """An order as its customer sees it."""
+
+    id: OrderId
+    lines: list[LineData]
+
+
+class TitleSales(BaseModel):
+    """How often a title was sold, and for how much."""
+
+    title: str
+    copies: int
+    cents: int
+
+
+Position = Annotated[str | None, Header(alias="X-Position", pattern=r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
+
+
+async def reading(position: Position = None) -> AsyncGenerator[ReadingSession]:
+    """Read from the replica, and from the primary where that lags behind what the client has seen."""
+    unit = replica() if position is None else replica.after(WalPosition(position), timeout=0.5, fallback=shop)
+    async with unit as opened:
+        yield opened.session
+
+
+async def waking(request: Request) -> Wake:
+    """Return what tells the workers of new messages."""
+    wake: Wake = request.app.state.wake
+    return wake
+
+
+Reading = Annotated[ReadingSession, Depends(reading, scope="function")]
+"""Its scope has the unit end, and give its connection back, before the response is sent."""
+
+
+@router.get("/books", response_model=list[BookData])
+async def read_books(
+    session: Reading, after: IsbnText = FIRST, limit: Annotated[int, Query(gt=0, le=100)] = 50
+) -> Sequence[Book]:
+    """Return a page of the catalogue; the next one comes after its last ISBN."""
+    return await catalogue(session, after, limit)
+
+
+@router.post("/books", status_code=201)
+async def add_book(book: BookData, unit: ShopUnit) -> None:
+    """Add a title; the response commits it."""
+    unit.session.add(Book(**book.model_dump()))
+
+
+@router.post("/orders", status_code=201, response_model=OrderData)
+async def post_order(
+    order: NewOrder,
+    key: Annotated[UUID, Header(alias="Idempotency-Key")],
+    wake: Annotated[Wake, Depends(waking)],
+    response: Response,
+) -> Order:
+    """Place an order once, however often the request is sent; X-Position lets the client read it anywhere."""
+    placed = await buy(key, order.customer, order.copies, wake)
+    response.headers["X-Position"] = await shop.commit_position()
+    return placed
+
+
+@router.get("/orders/{number}", response_model=OrderData)
+async def read_order(number: OrderId, session: Reading) -> Order:
+    """Return an order."""
+    order = await find_order(session, number)
+    if order is None:
+        raise HTTPException(404, "there is no such order")
+    return order
+
+
+@router.get("/reports/sales")
+async def read_sales(session: Reporting) -> list[TitleSales]:
+    """Return the sales of each title, best first; the worker brings new orders within seconds."""
+    copies, cents = func.sum(Sale.quantity), func.sum(Sale.quantity * Sale.cents)
+    rows = await session.execute(
+        select(Sale.title, copies, cents).group_by(Sale.title).order_by(copies.desc())
+    )
+    return [TitleSales(title=title, copies=sold, cents=earned) for title, sold, earned in rows]

@@ -1,0 +1,77 @@
+"""The service's settings, read from environment variables at startup; all errors are reported together."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BeforeValidator, Field, PositiveInt, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+PREFIX = "BOOKSHOP_"
+
+
+class SettingsError(Exception):
+    """The environment is incomplete or has invalid values; the text has a line for each."""
+
+
+def postgresql(url: str | URL) -> URL:
+    """Read the URL of a database; the password is not in its repr()."""
+    try:
+        url = make_url(url)
+    except ArgumentError:
+        message = "it is not a URL"  # SQLAlchemy's own text repeats it, with the password
+        raise ValueError(message) from None
+    if url.drivername != "postgresql+asyncpg":
+        message = "it must begin with postgresql+asyncpg://"
+        raise ValueError(message)
+    return url
+
+
+DatabaseUrl = Annotated[URL, BeforeValidator(postgresql)]
+RedisUrl = Annotated[str, Field(repr=False, pattern="^rediss?://")]
+Secret = Annotated[SecretStr, Field(min_length=16)]
+
+
+class Settings(BaseSettings):
+    """The settings; each is read from the variable of its name, such as BOOKSHOP_SHOP_URL."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        arbitrary_types_allowed=True,
+        enable_decoding=False,  # a URL is a tuple, which would be read as JSON
+        hide_input_in_errors=True,
+    )
+
+    shop_url: DatabaseUrl
+    reporting_url: DatabaseUrl
+    redis_url: RedisUrl
+    mail_folder: Path
+    replica_url: DatabaseUrl | None = None
+    pool_size: PositiveInt = 10
+    sweep_seconds: PositiveInt = 5
+    telemetry: bool = False
+    admin_password: Secret | None = None
+    admin_secret: Secret | None = None
+    admin_https: bool = True
+
+    @model_validator(mode="after")
+    def admin_is_complete(self) -> Self:
+        """Refuse a password without the secret that signs its cookies, and the other way round."""
+        if (self.admin_password is None) != (self.admin_secret is None):
+            message = "set both of admin_password and admin_secret, or neither"
+            raise ValueError(message)
+        return self
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read all settings, or raise SettingsError with everything that is wrong."""
+        try:
+            return cls.model_validate({})
+        except ValidationError as error:
+            lines = [
+                f"{PREFIX}{'_'.join(map(str, one['loc'])).upper() or '*'}: {one['msg']}"
+                for one in error.errors(include_url=False, include_input=False, include_context=False)
+            ]
+            raise SettingsError("\n".join(lines)) from None

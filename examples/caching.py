@@ -1,0 +1,147 @@
+"""Prices that are read through a cache, which never holds what was not committed."""
+
+import logging
+from collections.abc import Awaitable
+from functools import partial
+from time import monotonic
+from typing import Protocol, cast
+
+from attrs import define, field
+from fastapi import APIRouter, FastAPI, HTTPException
+from pydantic import BaseModel, ConfigDict
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
+
+KEEP = 30.0
+"""How many seconds a cached value is served at most; also when an invalidation was lost."""
+
+CacheMiddleware, db = create_middleware_and_session_proxy()
+logger = logging.getLogger(__name__)
+
+
+class Cache(Protocol):
+    """A cache whose values have versions: an older one never replaces a newer one."""
+
+    async def get(self, key: str) -> str | None:
+        """Return the cached value."""
+        ...
+
+    async def put(self, key: str, version: int, value: str) -> None:
+        """Keep a value, unless there is a newer one."""
+        ...
+
+
+@define
+class MemoryCache:
+    """The cache of one process."""
+
+    _values: dict[str, tuple[int, str, float]] = field(factory=dict[str, tuple[int, str, float]])
+
+    async def get(self, key: str) -> str | None:
+        """Return the cached value."""
+        _, value, until = self._values.get(key, (0, None, 0.0))
+        return value if monotonic() < until else None
+
+    async def put(self, key: str, version: int, value: str) -> None:
+        """Keep a value, unless there is a newer one."""
+        known, _, until = self._values.get(key, (0, "", 0.0))
+        if version >= known or monotonic() >= until:
+            self._values[key] = (version, value, monotonic() + KEEP)
+
+
+PUT = """
+if tonumber(ARGV[1]) >= tonumber(redis.call('HGET', KEYS[1], 'version') or 0) then
+    redis.call('HSET', KEYS[1], 'version', ARGV[1], 'value', ARGV[2])
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+end
+"""
+
+
+@define
+class RedisCache:
+    """The cache of all processes; while it cannot be reached, the database answers."""
+
+    _redis: Redis
+
+    async def get(self, key: str) -> str | None:
+        """Return the cached value."""
+        try:
+            return await cast("Awaitable[str | None]", self._redis.hget(key, "value"))
+        except RedisError:
+            logger.warning("the cache cannot be read", exc_info=True)
+            return None
+
+    async def put(self, key: str, version: int, value: str) -> None:
+        """Keep a value, unless there is a newer one: Redis runs the script without interruption."""
+        milliseconds = int(KEEP * 1000)
+        await cast("Awaitable[object]", self._redis.eval(PUT, 1, key, f"{version}", value, f"{milliseconds}"))
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Product(Base):
+    """A product; SQLAlchemy counts its versions."""
+
+    __tablename__ = "product"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cents: Mapped[int]
+    version: Mapped[int] = mapped_column()
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own way
+
+
+class Price(BaseModel):
+    """What a client reads, and what is cached."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    cents: int
+
+
+@define
+class Prices:
+    """The prices, behind a cache."""
+
+    cache: Cache
+
+    async def read(self, number: int) -> Price:
+        """Return a price from the cache, or else from the database."""
+        cached = await self.cache.get(f"price:{number}")
+        if cached is not None:
+            return Price.model_validate_json(cached)
+        product = await db.session.get(Product, number)
+        if product is None:
+            raise HTTPException(404)
+        db.unit.on_commit(partial(self.remember, product))
+        return Price.model_validate(product)
+
+    async def write(self, number: int, cents: int) -> Price:
+        """Change a price; until COMMIT its readers have the old one."""
+        product = await db.session.get(Product, number, with_for_update=True)
+        if product is None:
+            raise HTTPException(404)
+        product.cents = cents
+        db.unit.on_commit(partial(self.remember, product))
+        return Price.model_validate(product)
+
+    async def remember(self, product: Product) -> None:
+        """Cache what is committed now."""
+        price = Price.model_validate(product)
+        await self.cache.put(f"price:{product.id}", product.version, price.model_dump_json())
+
+
+def create_app(url: str, cache: Cache) -> FastAPI:
+    """Make the application."""
+    prices, router = Prices(cache), APIRouter()
+    router.add_api_route("/prices/{number}", prices.read)
+    router.add_api_route("/prices/{number}", prices.write, methods=["PUT"])
+    app = FastAPI()
+    app.add_middleware(CacheMiddleware, db_url=url, commit_on_exit=True)
+    app.include_router(router)
+    return app

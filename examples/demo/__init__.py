@@ -1,0 +1,1 @@
+"""The quickstart with a page that draws each request's transaction: `make demo` serves it."""

@@ -1,0 +1,7 @@
+"""Serve the bank and its page until Ctrl-C."""
+
+from examples.demo.app import create_app
+from examples.quickstart import serve
+
+if __name__ == "__main__":
+    serve(create_app, "/")

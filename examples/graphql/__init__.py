@@ -1,0 +1,1 @@
+"""A library served by GraphQL: parallel resolvers, mutations in one transaction, subscriptions."""

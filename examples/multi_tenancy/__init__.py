@@ -1,0 +1,1 @@
+"""Tenants that share a database, by rows or by schemas."""

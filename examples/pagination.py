@@ -1,0 +1,62 @@
+"""Pages by fastapi-pagination: `uvicorn --factory examples.pagination:create_app` serves them."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi_pagination import Page, add_pagination
+from fastapi_pagination.ext.sqlalchemy import (
+    apaginate,  # pyright: ignore[reportUnknownVariableType]  # its queries are of no type
+)
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Task(Base):
+    """Something to do."""
+
+    __tablename__ = "task"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    priority: Mapped[int]
+
+
+class ReadTask(BaseModel):
+    """What a client reads."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    priority: int
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Make the table, with thirty tasks in it."""
+    await db.create_all(Base.metadata)
+    async with db.begin() as unit:
+        if await unit.session.get(Task, 1) is None:
+            unit.session.add_all(Task(priority=number % 3) for number in range(30))
+    yield
+
+
+def create_app(url: str = "sqlite+aiosqlite:///tasks.db") -> FastAPI:
+    """Make the application."""
+    app = FastAPI(lifespan=lifespan)
+    app.add_middleware(SQLAlchemyMiddleware, db_url=url)
+
+    @app.get("/tasks")
+    async def tasks() -> Page[ReadTask]:
+        """Return a page and the number of all tasks: two statements of the request's transaction."""
+        page: Page[ReadTask] = await apaginate(db.session, select(Task).order_by(Task.priority, Task.id))
+        return page
+
+    add_pagination(app)
+    return app

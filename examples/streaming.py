@@ -1,0 +1,162 @@
+"""Long responses: a CSV of any size, and server-sent events; `python examples/streaming.py` serves them.
+
+It needs this package with its extra [sqlite], and uvicorn. DATABASE_URL names another database.
+"""
+
+import asyncio
+import csv
+import json
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from io import StringIO
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from sqlalchemy import event, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from fastapi_async_sqlalchemy import EngineArgs, SQLAlchemyMiddleware, db
+
+ROWS_AT_A_TIME = 1000
+KEEP_ALIVE = 15.0
+"""Seconds after which a quiet stream sends a comment, and looks for what other processes have written."""
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Reading(Base):
+    """A temperature somewhere."""
+
+    __tablename__ = "reading"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    place: Mapped[str]
+    celsius: Mapped[int]
+
+
+class NewReading(BaseModel):
+    """What a client posts."""
+
+    place: str
+    celsius: int
+
+
+class Bell:
+    """Wakes the streams of this process."""
+
+    def __init__(self) -> None:
+        self._streams: set[asyncio.Event] = set()
+
+    def ring(self) -> None:
+        """Wake all that listen."""
+        for stream in self._streams:
+            stream.set()
+
+    @contextmanager
+    def listening(self) -> Generator[asyncio.Event]:
+        """Yield what a ring sets."""
+        rung = asyncio.Event()
+        self._streams.add(rung)
+        try:
+            yield rung
+        finally:
+            self._streams.discard(rung)
+
+
+bell = Bell()
+router = APIRouter()
+
+
+@router.post("/readings", status_code=201)
+async def add(new: NewReading) -> int:
+    """Store a reading, and wake the streams once it is committed."""
+    reading = Reading(place=new.place, celsius=new.celsius)
+    db.session.add(reading)
+    await db.session.flush()
+    db.unit.on_commit(bell.ring)
+    return reading.id
+
+
+@router.get("/readings.csv")
+async def export() -> StreamingResponse:
+    """Send all readings as CSV."""
+    headers = {"Content-Disposition": 'attachment; filename="readings.csv"'}
+    return StreamingResponse(csv_lines(), media_type="text/csv", headers=headers)
+
+
+async def csv_lines() -> AsyncIterator[str]:
+    """Yield some rows at a time; no more of them than that are in memory."""
+    rows = select(Reading.id, Reading.place, Reading.celsius).order_by(Reading.id)
+    found = await db.session.stream(rows.execution_options(yield_per=ROWS_AT_A_TIME))
+    buffer = StringIO()
+    lines = csv.writer(buffer)
+    lines.writerow(found.keys())
+    async for part in found.partitions():
+        lines.writerows(part)
+        yield buffer.getvalue()
+        buffer.seek(0)
+        buffer.truncate()
+    yield buffer.getvalue()  # the names of the columns, where there is no row
+
+
+@router.get("/events")
+async def events() -> StreamingResponse:
+    """Send the newest reading as an event, now and whenever there is another one."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(newest(), media_type="text/event-stream", headers=headers)
+
+
+async def newest() -> AsyncIterator[str]:
+    """Look, send and wait; a connection is held for each look, and not between.
+
+    This sends a state and not a log: ids are given out in another order than that of the COMMITs, so that
+    "all rows with a higher id" would miss some.
+    """
+    sent: int | None = None
+    query = select(Reading).order_by(Reading.id.desc()).limit(1)
+    with bell.listening() as rung:
+        while True:
+            rung.clear()
+            async with db(read_only=True) as unit:
+                reading = await unit.session.scalar(query)
+            if reading is not None and reading.id != sent:
+                sent = reading.id
+                data = json.dumps({"place": reading.place, "celsius": reading.celsius})
+                yield f"id: {reading.id}\ndata: {data}\n\n"
+            else:
+                yield ":\n\n"  # a comment: where the client has left, the server notices
+            with suppress(TimeoutError):
+                await asyncio.wait_for(rung.wait(), KEEP_ALIVE)
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Make the table that is not there yet; a deployed application leaves that to its migrations."""
+    if db.engine.dialect.name == "sqlite":
+        event.listen(db.engine.sync_engine, "connect", let_readers_pass)
+    await db.create_all(Base.metadata)
+    yield
+
+
+def let_readers_pass(connection: Any, _: object) -> None:
+    """Have SQLite keep a log, so that a long export does not hold up those who write."""
+    connection.cursor().execute("PRAGMA journal_mode = WAL")
+
+
+def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
+    """Make the application for one database."""
+    app = FastAPI(title="Readings", lifespan=lifespan)
+    app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, engine_args=engine_args, commit_on_exit=True)
+    app.include_router(router)
+    return app
+
+
+if __name__ == "__main__":
+    served = create_app(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///readings.db"))
+    uvicorn.run(served, timeout_graceful_shutdown=3)  # a stream of events ends by that alone

@@ -1,0 +1,1 @@
+"""One shop and its background work, by four task queues, with and without an outbox."""

@@ -1,0 +1,47 @@
+"""The shop's tasks by arq: `arq examples.task_queues.with_arq.WorkerSettings`."""
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any, ClassVar
+
+from arq import ArqRedis
+from arq.connections import RedisSettings
+from arq.typing import StartupShutdown, WorkerCoroutine
+
+from examples.task_queues import shop
+from fastapi_async_sqlalchemy import db
+
+REDIS = RedisSettings.from_dsn(shop.REDIS_URL)
+
+
+async def startup(ctx: dict[Any, Any]) -> None:
+    """Connect the pair for as long as the worker runs."""
+    ctx["resources"] = AsyncExitStack()
+    await ctx["resources"].enter_async_context(db.connect(shop.DATABASE_URL, engine_args={"pool_size": 10}))
+
+
+async def shutdown(ctx: dict[Any, Any]) -> None:
+    """Dispose the engine."""
+    await ctx["resources"].aclose()
+
+
+async def reserve(ctx: dict[Any, Any], order_id: int) -> bool:  # noqa: ARG001  # arq passes it
+    """Reserve an order in one unit of work, which is committed before the job is removed."""
+    async with db.begin():
+        return await shop.reserve(order_id)
+
+
+async def enqueue(queue: ArqRedis, order_id: int) -> None:
+    """Enqueue a reservation, unless the same one is waiting, running or has its result kept."""
+    await queue.enqueue_job("reserve", order_id, _job_id=f"reserve-{order_id}")
+
+
+class WorkerSettings:
+    """What the worker runs, and how."""
+
+    functions: ClassVar[Sequence[WorkerCoroutine]] = [reserve]
+    on_startup: ClassVar[StartupShutdown] = startup
+    on_shutdown: ClassVar[StartupShutdown] = shutdown
+    redis_settings = REDIS
+    max_jobs = 10  # no more than the pool has connections
+    job_timeout = 60  # after a crash a job runs again when this time and ten seconds have passed
