@@ -58,7 +58,7 @@ quick: venv ## run the tests that tell most, within a minute (ARGS as for make t
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
 .PHONY: test-cluster
-test-cluster: venv ## lose leaders and nodes of clusters, some five minutes; needs etcd, haproxy and Galera (ARGS as above)
+test-cluster: venv ## lose leaders and nodes of clusters, some six minutes; needs etcd, haproxy and Galera (ARGS as above)
 	$(bin)/pytest -m cluster $(ARGS) tests/failover
 
 # The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
