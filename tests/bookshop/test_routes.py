@@ -246,6 +246,17 @@ async def test_admin(visit: Visit) -> None:
     assert await stock_of(visit.client, ISBN) == 7
 
 
+@pytest.mark.parametrize("https", [False, True])
+async def test_cookie_of_the_admin(settings: Settings, *, https: bool) -> None:
+    """No script and no other site can use the cookie, which goes by HTTPS alone unless the settings say so."""
+    login = {"username": "admin", "password": "a password for tests"}
+    async with visiting(settings.model_copy(update={"admin_https": https})) as visit:
+        answer = await visit.client.post("/admin/login", data=login)
+    flags = {flag.strip() for flag in answer.headers["set-cookie"].split(";")[1:]}
+    assert {"httponly", "samesite=strict"} <= flags
+    assert ("secure" in flags) is https
+
+
 async def test_shop_without_an_admin(settings: Settings) -> None:
     """Without a password there is no admin."""
     async with visiting(settings.model_copy(update={"admin_password": None, "admin_secret": None})) as visit:

@@ -25,6 +25,14 @@ from tests.support.pages import ROOT
 from tests.support.serving import asgi_client
 
 SHOP_HEAD = "c3f1a7d2b905"
+DISABLED = """
+import logging, sys
+from alembic.config import main
+
+logger = logging.getLogger("fastapi_async_sqlalchemy")
+main(sys.argv[1:])
+print("disabled" if logger.disabled else "enabled")
+"""
 DISCARDING = """
 import asyncio, sys
 from logging.config import fileConfig
@@ -232,3 +240,10 @@ def test_configured_logging_keeps_the_warning(*, silenced: bool) -> None:
     ended = run([sys.executable, "-c", DISCARDING, str(ALEMBIC_INI), str(silenced)])
     assert ended.returncode == 0, ended.stderr
     assert ("WARNING fastapi_async_sqlalchemy:" in ended.stderr) is not silenced
+
+
+def test_script_disables_no_logger(sqlite_url: str) -> None:
+    """A command leaves the loggers that exist already as they are."""
+    command_line = ["-c", str(ALEMBIC_INI), "--name", "shop", "upgrade", "head"]
+    ended = run([sys.executable, "-c", DISABLED, *command_line], shop=sqlite_url)
+    assert ended.stdout.split() == ["enabled"], ended.stderr

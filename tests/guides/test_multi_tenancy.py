@@ -104,6 +104,28 @@ async def test_unit_never_sees_another_tenant(tenants_url: str) -> None:
             assert await unit.session.scalar(text("SELECT count(*) FROM note")) == 2
 
 
+async def test_tenant_does_not_stay_on_the_connection(tenants_url: str) -> None:
+    """The next user of the connection, who opens no unit, finds no tenant and no row."""
+    async with db.connect(tenants_url, engine_args=ONE_CONNECTION):
+        tenant.set("acme")
+        async with db.begin():
+            assert await read() == LINES
+        async with db.engine.connect() as connection:
+            assert await connection.scalar(select(func.current_setting("app.tenant"))) == ""
+            assert (await connection.scalars(select(Note.text))).all() == []
+
+
+async def test_owner_of_the_table_is_filtered(
+    tenants_url: str, postgresql_url: str, judge_for: JudgeFor
+) -> None:
+    """The policy holds for the table's owner as well."""
+    judge = await judge_for(postgresql_url)
+    await judge.execute(f"ALTER TABLE note OWNER TO {ROLE}")
+    async with db.connect(tenants_url), db():
+        tenant.set("acme")
+        assert await read() == LINES
+
+
 async def test_rows_of_others_cannot_be_written(tenants_url: str, judge_for: JudgeFor) -> None:
     """An UPDATE without WHERE changes one's own rows, and a row for another tenant is refused."""
     async with db.connect(tenants_url):

@@ -106,6 +106,25 @@ async def is_empty(shop: Shop) -> bool:
     return await left(shop) == 0
 
 
+async def test_relay_passes_by_what_is_locked(
+    shop: Shop, redis: Any, workers: Workers, orders: list[int]
+) -> None:
+    """A message that somebody else has does not hold up the others."""
+    first = "SELECT FROM outbox_message ORDER BY id LIMIT 1 FOR UPDATE"
+    async with shop.locked(first) as lock:
+        with relay(workers):
+            await until(lambda: one_is_left(shop))
+            assert await delivered(redis) == Counter(orders[1:])
+            await lock.rollback()
+            await until(lambda: is_empty(shop))
+    assert await delivered(redis) == Counter(orders)
+
+
+async def one_is_left(shop: Shop) -> bool:
+    """Whether each message but one has been relayed."""
+    return await left(shop) == 1
+
+
 async def test_two_relays(shop: Shop, redis: Any, workers: Workers, orders: list[int]) -> None:
     """Two relays that begin at the same moment share the messages, and each message is enqueued once."""
     with relay(workers) as first, relay(workers) as second:
