@@ -18,7 +18,7 @@ from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
 
 class RequestUnit:
-    """Gives starlette-admin the session of the request's unit, in place of its own middleware."""
+    """Gives starlette-admin the session of the request's unit, in place of its middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -33,7 +33,7 @@ class RequestUnit:
 
 
 class UnitAdmin(Admin):
-    """An admin without sessions of its own."""
+    """An admin that makes no sessions."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(async_sessionmaker(), **options)
