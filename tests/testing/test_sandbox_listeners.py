@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
-from sqlalchemy import ForeignKey, event, insert, text
+from fastapi import FastAPI, Response
+from sqlalchemy import Engine, ForeignKey, event, insert, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -80,15 +80,15 @@ async def add_orphan(db: SessionProxy[AsyncSession]) -> None:
         await unit.session.execute(ORPHAN)
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
+@pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("name", ["connect", "first_connect"])
-async def test_foreign_keys(sqlite_url: str, inside: bool, name: str) -> None:
+async def test_foreign_keys(sqlite_url: str, when: str, name: str) -> None:
     """A foreign key is checked, whether the listener came before the sandbox or inside of it."""
     async with engine_of(sqlite_url) as (db, engine):
-        if not inside:
+        if when == "before":
             event.listen(engine.sync_engine, name, FOREIGN_KEYS)
         async with sandbox(db):
-            if inside:
+            if when == "inside":
                 event.listen(engine.sync_engine, name, FOREIGN_KEYS)
             with pytest.raises(IntegrityError):
                 await add_orphan(db)
@@ -111,9 +111,7 @@ async def test_foreign_keys_in_a_lifespan(sqlite_url: str) -> None:
     async def add() -> None:
         await db.session.execute(ORPHAN)
 
-    async def refuse(*_: object) -> Any:
-        from starlette.responses import Response
-
+    async def refuse(*_: object) -> Response:
         return Response(status_code=409)
 
     app = FastAPI(lifespan=lifespan)
@@ -124,17 +122,17 @@ async def test_foreign_keys_in_a_lifespan(sqlite_url: str) -> None:
         assert (await client.post("/")).status_code == 409
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
-async def test_several_pragmas(sqlite_url: str, inside: bool) -> None:
+@pytest.mark.parametrize("when", ["before", "inside"])
+async def test_several_pragmas(sqlite_url: str, when: str) -> None:
     """Those that SQLite refuses in a transaction are set, and the others as well."""
     listener = sends(
         "PRAGMA journal_mode=WAL", "PRAGMA synchronous = NORMAL", "PRAGMA busy_timeout(1234)", "SELECT 1"
     )
     async with engine_of(sqlite_url) as (db, engine):
-        if not inside:
+        if when == "before":
             event.listen(engine.sync_engine, "connect", listener)
         async with sandbox(db):
-            if inside:
+            if when == "inside":
                 event.listen(engine.sync_engine, "connect", listener)
             await add_orphan(db)
             async with db(), db():
@@ -159,6 +157,19 @@ async def test_next_sandbox_has_only_its_listeners(sqlite_url: str) -> None:
         assert await value_of(db, "PRAGMA foreign_keys") == 0
 
 
+async def test_engine_that_was_in_use(sqlite_url: str) -> None:
+    """A listener that is added inside reaches the real connection, also if it was open before."""
+    async with engine_of(sqlite_url) as (db, engine):
+        assert await value_of(db, "PRAGMA foreign_keys") == 0
+        for _ in range(2):
+            async with sandbox(db):
+                event.listen(engine.sync_engine, "connect", FOREIGN_KEYS)
+                with pytest.raises(IntegrityError):
+                    await add_orphan(db)
+                event.remove(engine.sync_engine, "connect", FOREIGN_KEYS)
+            assert await value_of(db, "PRAGMA foreign_keys") == 0
+
+
 async def test_listener_stays_with_its_engine(sqlite_url: str) -> None:
     """A listener that was added inside is the engine's after the sandbox, as where it is deployed."""
     async with engine_of(sqlite_url) as (db, engine):
@@ -170,8 +181,6 @@ async def test_listener_stays_with_its_engine(sqlite_url: str) -> None:
 
 async def test_listener_of_all_engines(sqlite_url: str) -> None:
     """A listener to the class of engines runs outside of the transaction, and once."""
-    from sqlalchemy import Engine
-
     listener = sends("PRAGMA synchronous = OFF", "PRAGMA foreign_keys = ON")
     event.listen(Engine, "connect", listener)
     try:
@@ -216,23 +225,25 @@ async def test_info_of_a_listener(sqlite_url: str) -> None:
     assert seen == ["mine", "mine"]
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
-async def test_functions_and_collations(sqlite_url: str, inside: bool) -> None:
+@pytest.mark.parametrize("when", ["before", "inside"])
+async def test_functions_and_collations(sqlite_url: str, when: str) -> None:
     """A listener registers a function and a collation of SQLite's."""
 
     def register(connection: Any, _: object) -> None:
         connection.create_function("twice", 1, lambda value: 2 * value)
         connection.run_async(
-            lambda driver: driver._execute(
-                driver._conn.create_collation, "backwards", lambda a, b: (a < b) - (a > b)
+            lambda driver: driver._execute(  # noqa: SLF001  # aiosqlite has no create_collation
+                driver._conn.create_collation,  # noqa: SLF001  # as above
+                "backwards",
+                lambda a, b: (a < b) - (a > b),
             )
         )
 
     async with engine_of(sqlite_url) as (db, engine):
-        if not inside:
+        if when == "before":
             event.listen(engine.sync_engine, "connect", register)
         async with sandbox(db):
-            if inside:
+            if when == "inside":
                 event.listen(engine.sync_engine, "connect", register)
             assert await value_of(db, "SELECT twice(21)") == 42
             ordered = "SELECT a FROM (SELECT 'a' AS a UNION SELECT 'b') ORDER BY a COLLATE backwards"
@@ -314,8 +325,8 @@ SETTINGS = {"postgresql": ("SET TimeZone TO 'Asia/Tokyo'", "SHOW timezone", "Asi
 MARIADB = ("SET time_zone = '+09:00'", "SELECT @@time_zone", "+09:00")
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
-async def test_settings_of_a_server(server_driver_url: str, inside: bool) -> None:
+@pytest.mark.parametrize("when", ["before", "inside"])
+async def test_settings_of_a_server(server_driver_url: str, when: str) -> None:
     """A setting of the connection outlasts transactions, as where it is deployed."""
     setting, query, expected = SETTINGS.get(server_driver_url.partition("+")[0], MARIADB)
 
@@ -327,10 +338,10 @@ async def test_settings_of_a_server(server_driver_url: str, inside: bool) -> Non
             connection.autocommit = False
 
     async with engine_of(server_driver_url) as (db, engine):
-        if not inside:
+        if when == "before":
             event.listen(engine.sync_engine, "connect", set_up)
         async with sandbox(db):
-            if inside:
+            if when == "inside":
                 event.listen(engine.sync_engine, "connect", set_up)
                 await value_of(db, query)
                 event.listen(engine.sync_engine, "connect", lambda *_: None)  # must not undo the first
@@ -341,8 +352,8 @@ async def test_settings_of_a_server(server_driver_url: str, inside: bool) -> Non
             assert await value_of(db, query) == expected
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
-async def test_codec_of_asyncpg(postgresql_url: str, inside: bool) -> None:
+@pytest.mark.parametrize("when", ["before", "inside"])
+async def test_codec_of_asyncpg(postgresql_url: str, when: str) -> None:
     """A listener registers a codec at asyncpg's own connection."""
 
     def register(connection: Any, _: object) -> None:
@@ -353,9 +364,9 @@ async def test_codec_of_asyncpg(postgresql_url: str, inside: bool) -> None:
         )
 
     async with engine_of(postgresql_url) as (db, engine):
-        if not inside:
+        if when == "before":
             event.listen(engine.sync_engine, "connect", register)
         async with sandbox(db):
-            if inside:
+            if when == "inside":
                 event.listen(engine.sync_engine, "connect", register)
             assert await value_of(db, "SELECT point(1, 2)") == "at (1,2)"

@@ -17,7 +17,9 @@ _NEEDS_NONE: Final = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """SQLite 3.40 ignores the first in a transaction, and refuses the others."""
-_HEADER: Final = re.compile(r"\bPRAGMA\s.*\b(?:user_version|application_id)\b\s*[=(]", re.IGNORECASE | re.DOTALL)
+_HEADER: Final = re.compile(
+    r"\s*PRAGMA\s+(?:\w+\s*\.\s*)?(?:user_version|application_id)\s*[=(]", re.IGNORECASE
+)
 _VALUES: Final = MappingProxyType(
     {
         "foreign_keys": {"on": "1", "yes": "1", "true": "1", "off": "0", "no": "0", "false": "0"},

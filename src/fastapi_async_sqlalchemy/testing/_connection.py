@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import Factory, define, field
+from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .._dialects.begin import commits_by_itself
@@ -53,7 +54,7 @@ class RealConnection:
     changed: bool = False
     """It was set up in ways that a later user of the connection does not expect."""
     _heard: list[Callable[..., Any]] = Factory(list["Callable[..., Any]"])
-    """The listeners to ``connect`` that have run, or that belong to another engine's own connection."""
+    """The listeners to ``connect`` that have run, or that the engines had before."""
 
     def __attrs_post_init__(self) -> None:
         self.savepoints = savepoints_of(self.engine, self.send)
@@ -83,13 +84,15 @@ class RealConnection:
                 await greenlet_spawn(self._begin, engine, own)
             elif own not in self._used:  # SQLAlchemy looks at the database once for each engine
                 await greenlet_spawn(lambda: own.connect().close())
-            if own not in self._used:
-                self._heard.extend(_listeners(own))
-                self._used.add(own)
+            self._used.add(own)
+
+    def know(self, own: Pool) -> None:
+        """Leave out the listeners to ``connect`` that an engine has before the sandbox."""
+        self._heard.extend(listeners_of(own))
 
     def unheard(self, own: Pool) -> list[Callable[..., Any]]:
-        """Return the listeners that were added to an engine after its own pool has connected."""
-        return [one for one in _listeners(own) if one not in self._heard]
+        """Return the listeners that an engine was given since then, and that have not run."""
+        return [one for one in listeners_of(own) if one not in self._heard]
 
     def hear(self, listener: Callable[..., Any], connection: object, record: ConnectionPoolEntry) -> None:
         """Call a listener to ``connect``; one that fails is called again for the next connection."""
@@ -123,7 +126,15 @@ class RealConnection:
     def _begin(self, engine: Engine, own: Pool) -> None:
         if any(other._opened is not None and self._goes_to_the_place_of(other) for other in self._all):
             raise SandboxError(_TWO_URLS)
-        self._opened = opened = own.connect()
+        fresh: list[object] = []
+        event.listen(own, "connect", mark := lambda *_: fresh.append(_))
+        try:
+            self._opened = opened = own.connect()
+        finally:
+            event.remove(own, "connect", mark)
+        if fresh:
+            self.changed = bool(self.unheard(own))
+            self.know(own)
         dialect = engine.dialect
         try:
             if commits_by_itself(engine) and dialect.default_isolation_level is not None:
@@ -156,10 +167,10 @@ class RealConnection:
         self.ended = True
         opened, self._opened = self._opened, None
         if opened is not None:
-            leaves = self.changed and not self.engine.url.database in IN_MEMORY
+            leaves = self.changed and self.engine.url.database not in IN_MEMORY
             await greenlet_spawn(opened.invalidate if discard or leaves else opened.close)
 
 
-def _listeners(own: Pool) -> list[Callable[..., Any]]:
+def listeners_of(own: Pool) -> list[Callable[..., Any]]:
     """Return all listeners to the opening of a connection, in their order."""
     return [*own.dispatch.first_connect, *own.dispatch.connect]

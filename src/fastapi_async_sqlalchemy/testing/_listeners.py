@@ -46,4 +46,5 @@ class _Listeners:
         """Do nothing: this is ``first_connect``, and ``connect`` follows immediately."""
 
     def _exec_w_sync_on_first_run(self, connection: LogicalConnection, record: ConnectionPoolEntry) -> None:
+        """Run what is new; SQLAlchemy's pool calls ``connect`` by this name, in 2.0.58 and 2.1.9."""
         self.server.introduce(self.own, connection, record)

@@ -145,6 +145,7 @@ class _Takeover:
                     event.remove(engine, "checkout", listener)
         else:
             renew_queue(engine, self.loop)
+            server.connection.know(engine.pool)
             logical = _logical_pool(engine, engine.pool, server)
             self.taken.append(_Taken(engine, engine.pool, logical))
             engine.pool = logical

@@ -20,21 +20,17 @@ from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
 from .._session.cancellation import to_completion
 from .._session.state import task_at_work, task_name
-from .._tasks.each import TaskUnits
-from .._unit.place import bound_here
-from .._unit.unit import UnitOfWork
 from ..exceptions import SandboxError
+from ._around import sessions_around
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator
 
     from sqlalchemy.engine import Engine
-    from sqlalchemy.orm import Session
     from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
     from .._session.state import StatefulSession
     from .._session.watch import Watch
-    from .._unit.place import Place
     from ._connection import RealConnection
     from ._record import Sandbox
 
@@ -55,12 +51,12 @@ _DDL: Final = (
     "fixture of the session"
 )
 _LATE: Final = (
-    "a listener to 'connect' was added too late to send its statements as in production, outside of the "
-    "sandbox's transaction: add it before the first write and outside of units, or before the sandbox is opened"
+    "a listener to 'connect' was added too late, and cannot send its statements outside of the sandbox's "
+    "transaction: add it before the first write and outside of units, or before the sandbox is opened"
 )
 _PRAGMA: Final = (
-    "SQLite takes `{}` outside of a transaction alone, and in the sandbox one has been written in, or another "
-    "unit is open: send it by a listener to 'connect', which is added before the first write"
+    "SQLite has `{}` take effect only outside of a transaction, and the sandbox's cannot be left: something "
+    "was written, or another unit is open. Add a listener to 'connect' that sends it before the first write"
 )
 _SAVEPOINTS: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK"})
 _NOT_COUNTED: Final = _SAVEPOINTS | {"SET", "PRAGMA", "SHOW"}
@@ -202,7 +198,7 @@ class SandboxServer:
         if top.task is task:
             return True
         outer = None if top.session is None else top.session()
-        return outer is not None and outer is not session and outer in _sessions_around()
+        return outer is not None and outer is not session and outer in sessions_around()
 
     def _wait_for_inner(self, transaction: Logical) -> None:
         while self._open[-1] is not transaction:
@@ -353,18 +349,3 @@ class SandboxServer:
         """Roll everything back."""
         await self.connection.close(discard=bool(self.over))
         self._wake()
-
-
-def _sessions_around() -> Iterator[Session]:
-    """Yield the sessions of the units that are open around the current code."""
-    for place in bound_here():
-        for unit in _units_of(place):
-            if unit._watched is not None:
-                yield unit._watched
-
-
-def _units_of(place: Place[Any]) -> Iterator[UnitOfWork[Any]]:
-    if isinstance(place, UnitOfWork):
-        yield place
-    elif isinstance(place, TaskUnits) and not place.closed:
-        yield place._units[place._owner]
