@@ -95,12 +95,12 @@ class SandboxServer:
 
     def introduce(self, own: Pool, connection: LogicalConnection, record: ConnectionPoolEntry) -> None:
         """Run the listeners to ``connect`` that an engine was given meanwhile; the others have run."""
-        while self.connection.unheard(own) and self._open and not self._lies_inside(self._open[-1], None):
+        session = self._session_at_work()
+        while self.connection.unheard(own) and self._open and not self._lies_inside(self._open[-1], session):
             self._wait()
         new = self.connection.unheard(own)
         if new and not (self._open or self.connection.has_written()):
-            holder = Logical(self, autocommits=False)
-            with self._outside_transaction(holder):
+            with self._outside_transaction(Logical(self, autocommits=False)):
                 for listener in new:
                     self.connection.hear(listener, self.real, record)
         else:
@@ -154,8 +154,7 @@ class SandboxServer:
             self._lose(_OUTLIVES)
         if transaction.read_only and writes(statement, verb):
             self.connection.savepoints.refuse_write()
-        if writes(statement, verb) or writes_header(statement):
-            self.connection.written = True
+        self.connection.written |= writes(statement, verb) or writes_header(statement)
         if verb not in _NOT_COUNTED and not asks_for_facts(statement):
             self.box.statements.append(statement)
             if self.box._loses_connection(self.watches):
