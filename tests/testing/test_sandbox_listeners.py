@@ -51,6 +51,31 @@ def sends(*statements: str) -> Listener:
     return send
 
 
+def twice(value: int) -> int:
+    """Be a function of SQL."""
+    return 2 * value
+
+
+def backwards(a: str, b: str) -> int:
+    """Be a collation."""
+    return (a < b) - (a > b)
+
+
+async def collate(driver: Any) -> None:
+    """Add the collation to aiosqlite's connection, which has no public method for that."""
+    await driver._execute(driver._conn.create_collation, "backwards", backwards)  # noqa: SLF001  # see above
+
+
+def read_point(value: str) -> str:
+    """Decode PostgreSQL's point."""
+    return f"at {value}"
+
+
+async def read_points(driver: Any) -> None:
+    """Add a codec to asyncpg's connection."""
+    await driver.set_type_codec("point", schema="pg_catalog", encoder=str, decoder=read_point)
+
+
 FOREIGN_KEYS = sends("PRAGMA foreign_keys = ON")
 
 
@@ -230,14 +255,8 @@ async def test_functions_and_collations(sqlite_url: str, when: str) -> None:
     """A listener registers a function and a collation of SQLite's."""
 
     def register(connection: Any, _: object) -> None:
-        connection.create_function("twice", 1, lambda value: 2 * value)
-        connection.run_async(
-            lambda driver: driver._execute(  # noqa: SLF001  # aiosqlite has no create_collation
-                driver._conn.create_collation,  # noqa: SLF001  # as above
-                "backwards",
-                lambda a, b: (a < b) - (a > b),
-            )
-        )
+        connection.create_function("twice", 1, twice)
+        connection.run_async(collate)
 
     async with engine_of(sqlite_url) as (db, engine):
         if when == "before":
@@ -254,7 +273,7 @@ async def test_late_listener_that_sends_is_refused(sqlite_url: str) -> None:
     """Once something was written a listener cannot send statements, and says so; a function it can add."""
 
     def register(connection: Any, _: object) -> None:
-        connection.create_function("twice", 1, lambda value: 2 * value)
+        connection.create_function("twice", 1, twice)
 
     async with engine_of(sqlite_url) as (db, engine), sandbox(db):
         async with db(commit_on_exit=True) as unit:
@@ -357,11 +376,7 @@ async def test_codec_of_asyncpg(postgresql_url: str, when: str) -> None:
     """A listener registers a codec at asyncpg's own connection."""
 
     def register(connection: Any, _: object) -> None:
-        connection.run_async(
-            lambda driver: driver.set_type_codec(
-                "point", schema="pg_catalog", encoder=str, decoder=lambda value: f"at {value}"
-            )
-        )
+        connection.run_async(read_points)
 
     async with engine_of(postgresql_url) as (db, engine):
         if when == "before":
