@@ -168,6 +168,8 @@ class RealConnection:
         opened, self._opened = self._opened, None
         if opened is not None:
             leaves = self.changed and self.engine.url.database not in IN_MEMORY
+            if leaves and not discard:
+                await greenlet_spawn(opened.rollback)  # 2.0.58 closes SQLite's connection only later
             await greenlet_spawn(opened.invalidate if discard or leaves else opened.close)
 
 
