@@ -5,6 +5,7 @@ below 400 commits it before the client hears of it, anything else rolls it back.
 """
 
 import os
+import signal
 import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -142,7 +143,8 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(make_app: Callable[[str], FastAPI], page: str) -> None:
-    """Serve an application on a temporary SQLite file until Ctrl-C."""
+    """Serve an application on a temporary SQLite file until Ctrl-C, or SIGTERM, which does the same."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = int(os.environ.get("PORT", "8000"))
     with TemporaryDirectory(prefix="quickstart-") as folder, listen(port) as listener:
         app = make_app(f"sqlite+aiosqlite:///{Path(folder, 'bank.db').as_posix()}")

@@ -5,9 +5,11 @@ It prints by how much the process grew, which is server, client and SQLite; and 
 rows at once. It needs the development requirements.
 """
 
+import argparse
 import asyncio
 import gc
-import sys
+import signal
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -59,7 +61,11 @@ async def measure(name: str, url: str, count: int) -> None:
 
 def main() -> None:
     """Measure on both."""
-    count = int(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.streaming_memory", description="Measure what a CSV costs."
+    )
+    parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="how many (1000000)")
+    count = parser.parse_args().rows
     with TemporaryDirectory() as folder:
         asyncio.run(measure("SQLite", f"sqlite+aiosqlite:///{Path(folder, 'readings.db')}", count))
     with postgresql_server() as server, fresh_database(server) as url:
@@ -67,4 +73,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing stays behind
+    with suppress(KeyboardInterrupt):
+        main()

@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func, select
 
 from examples.bookshop.databases import ReadingSession, Reporting, ShopUnit, replica, shop
@@ -15,7 +15,11 @@ from fastapi_async_sqlalchemy import WalPosition
 
 router = APIRouter()
 
-IsbnText = Annotated[Isbn, Field(pattern=r"^\d{13}$")]
+IsbnText = Annotated[Isbn, Field(pattern=r"^[0-9]{13}$")]
+Customer = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]+@[A-Za-z0-9.-]+$", max_length=254)]
+"""An address that goes into a mail's header as it is: nothing there is a list, a comment or an encoding."""
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""What an INTEGER of the database holds; BIGINT goes on to 2**63."""
 FIRST = Isbn("0" * 13)
 Copies = Annotated[dict[IsbnText, Annotated[int, Field(gt=0, le=100)]], Field(min_length=1, max_length=50)]
 
@@ -30,15 +34,15 @@ class BookData(Answer):
     """A title of the catalogue, and what a new one needs."""
 
     isbn: IsbnText
-    title: str
-    cents: PositiveInt
-    stock: Annotated[int, Field(ge=0)]
+    title: Annotated[str, Field(pattern="^[^\0]+$", max_length=200)]
+    cents: Annotated[Count, Field(gt=0)]
+    stock: Count
 
 
 class NewOrder(BaseModel):
     """What a customer orders: how many copies of which titles."""
 
-    customer: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$", max_length=254)]
+    customer: Customer
     copies: Copies
 
 
@@ -113,7 +117,7 @@ async def post_order(
 
 
 @router.get("/orders/{number}", response_model=OrderData)
-async def read_order(number: OrderId, session: Reading) -> Order:
+async def read_order(number: Annotated[OrderId, Path(lt=2**63)], session: Reading) -> Order:
     """Return an order."""
     order = await find_order(session, number)
     if order is None:

@@ -25,10 +25,10 @@ async def shutdown(ctx: dict[Any, Any]) -> None:
     await ctx["resources"].aclose()
 
 
+@db.transactional(isolation_level="REPEATABLE READ", retries=9)
 async def reserve(ctx: dict[Any, Any], order_id: int) -> bool:  # noqa: ARG001  # arq passes it
     """Reserve an order in one unit of work, which is committed before the job is removed."""
-    async with db.begin():
-        return await shop.reserve(order_id)
+    return await shop.reserve(order_id)
 
 
 async def enqueue(queue: ArqRedis, order_id: int) -> None:

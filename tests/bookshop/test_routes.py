@@ -187,6 +187,30 @@ async def test_header_that_is_no_position(visit: Visit) -> None:
     assert answer.status_code == 422
 
 
+@pytest.mark.parametrize(
+    "customer",
+    ["a,b@c", "a;b@c", "<@c", "a\0@c", "a@c\x1cBcc:b", "=?utf-8?q?a=0aBcc:b?=@c", "\u00e4@c", "a@", "a@b@c"],
+)
+async def test_customer_who_has_no_plain_address(visit: Visit, customer: str) -> None:
+    """An address that could be more than one, or could not be written into a mail, is refused."""
+    assert (await order(visit.client, {ISBN: 1}, customer=customer)).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"isbn": "\u0663" * 13}, {"title": "\0"}, {"title": ""}),
+        *({"cents": 2**31}, {"cents": 0}, {"stock": 2**31}),
+    ],
+    ids=repr,
+)
+async def test_book_that_the_database_cannot_hold(visit: Visit, wrong: dict[str, object]) -> None:
+    """A value that no column could hold is the client's error, and not the server's."""
+    book = {"isbn": "9780000000000", "title": "Emma", "cents": 699, "stock": 1}
+    assert (await visit.client.post("/books", json={**book, **wrong})).status_code == 422
+    assert (await visit.client.get(f"/orders/{2**63}")).status_code == 422
+
+
 async def test_conflicts_that_go_on(visit: Visit) -> None:
     """A client whose order met a conflict at its last attempt is told to send it again."""
     visit.box.fail_commit("conflict", on=shop)

@@ -30,6 +30,7 @@ async def redis(queue_url: str) -> AsyncIterator[Any]:
 
     client: Any = Redis.from_url(queue_url)  # pyright: ignore[reportUnknownMemberType]  # its types have gaps
     async with client:
+        await client.client_unpause()  # what a test has paused that failed
         await client.flushdb()
         yield client
 

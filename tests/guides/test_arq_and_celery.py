@@ -66,6 +66,20 @@ async def test_arq_job_whose_worker_is_killed(
     assert (await shop.stock(), await shop.reserved()) == (997, 1)
 
 
+async def test_arq_repeats_conflicts(shop: Shop, redis: Any, queue: ArqRedis, workers: Workers) -> None:
+    """Jobs that change the same row at a time lose no change."""
+    from examples.task_queues.with_arq import enqueue  # noqa: PLC0415  # it reads the environment
+
+    orders = [await shop.order() for _ in range(5)]
+    with arq_worker(workers):
+        async with shop.locked():
+            for order in orders:
+                await enqueue(queue, order)
+            await until(lambda: shop.waiting_are(5))
+        await until(lambda: shop.reserved_are(5))
+    assert await shop.stock() == 995
+
+
 @pytest.fixture
 def celery(queue_url: str) -> Iterator[Any]:
     """The module of the tasks by Celery."""

@@ -180,13 +180,17 @@ async def test_two_tasks_and_one_session(postgresql_url: str, db: SessionProxy[A
             "This session is provisioning a new connection; concurrent operations are not permitted",
             [str(result) for result in results],
         )
-    async with AsyncSession(engine) as session:
+    async with AsyncSession(engine) as session, engine.connect() as other:
+        lock = text("SELECT pg_advisory_xact_lock(1)")
+        await other.execute(lock)
         await session.scalar(ONE)
-        slow = asyncio.create_task(session.scalar(text("SELECT pg_sleep(0.2)")))
-        await asyncio.sleep(0.05)
+        slow = asyncio.create_task(session.execute(lock))
+        while not await other.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")):
+            assert not slow.done()
         with pytest.raises(SQLAlchemyError) as error:
             await session.commit()
         quoted("cannot perform operation: another operation is in progress", error.value)
+        await other.rollback()
         await asyncio.wait([slow])
     await engine.dispose()
 

@@ -140,12 +140,14 @@ async def test_acknowledged_transfers_survive_a_restart(postgresql_url: str, jud
 
 
 @asynccontextmanager
-async def started(program: list[str], port: int) -> AsyncGenerator[asyncio.subprocess.Process]:
+async def started(
+    program: list[str], port: int, temporary: Path
+) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Start the program as a newcomer does; whatever happens, it is gone afterwards."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, *program),
         cwd=ROOT,
-        env={**os.environ, "PORT": str(port)},
+        env={**os.environ, "PORT": str(port), "TMPDIR": str(temporary)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -155,6 +157,11 @@ async def started(program: list[str], port: int) -> AsyncGenerator[asyncio.subpr
         with suppress(ProcessLookupError):
             process.kill()
         await process.communicate()
+
+
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder."""
+    return [path.name for path in folder.iterdir()]
 
 
 async def follow(guide: str) -> None:
@@ -172,14 +179,22 @@ async def follow(guide: str) -> None:
         assert left == {"alice": 70, "bob": 130, "carol": 100}
 
 
-@pytest.mark.parametrize("program", [["examples/quickstart.py"], ["-m", "examples.demo"]], ids=" ".join)
-async def test_newcomer_follows_the_printed_guide(program: list[str]) -> None:
-    """The program finds a free port, its printed commands do what it says of them, and Ctrl-C ends it."""
+@pytest.mark.parametrize(
+    ("program", "ending"),
+    [(["examples/quickstart.py"], signal.SIGINT), (["-m", "examples.demo"], signal.SIGTERM)],
+    ids=["quickstart", "demo"],
+)
+async def test_newcomer_follows_the_printed_guide(
+    program: list[str], ending: signal.Signals, tmp_path: Path
+) -> None:
+    """The program finds a free port, its printed commands do what it says of them, and a signal ends it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        async with started(program, taken.getsockname()[1]) as process:
+        async with started(program, taken.getsockname()[1], tmp_path) as process:
             assert process.stdout
             await follow((await process.stdout.readuntil(b"Ctrl-C")).decode())
-            process.send_signal(signal.SIGINT)
+            assert names(tmp_path) != []
+            process.send_signal(ending)
             _, log = await process.communicate()
             assert process.returncode == 0, log.decode()
             assert b"Traceback" not in log
+            assert names(tmp_path) == []

@@ -10,15 +10,19 @@ from playwright.async_api import Browser, async_playwright, expect
 
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--no-first-run"),
+    *("--disable-sync", "--no-first-run", "--disable-dev-shm-usage"),  # a container's /dev/shm is small
 )
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+"""The programs that will do, as in .ci/run."""
 
 
 def chromium_path() -> str:
     """Return where Chromium is; without it the test is skipped, but not where CI is set."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        reason = "no chromium on the PATH"
+        reason = f"none of {', '.join(BROWSERS)} is on the PATH"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

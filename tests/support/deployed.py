@@ -5,8 +5,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from attrs import define, frozen
@@ -15,6 +15,8 @@ from tests.support.databases import Judge
 from tests.support.serving import Address, RawResponse
 
 ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 60
+"""Seconds that a server has to do what it must do: a failure then says what it was, before pytest's own."""
 CONNECTIONS = (
     "SELECT application_name FROM pg_stat_activity "
     "WHERE datname = current_database() AND application_name LIKE 'orders-%'"
@@ -80,9 +82,20 @@ class Deployed:
         self, statement: str, *, is_true: Callable[[object], bool] = bool, ended: bool = False
     ) -> None:
         """Ask the database again and again, until it answers so."""
-        while not is_true(await self.judge.scalar(statement)):
-            assert self.process.returncode is None or ended, self.log.read_text(errors="replace")
-            await asyncio.sleep(0.01)  # the server needs the processor, too
+        with self.explained(statement):
+            async with asyncio.timeout(PATIENCE):
+                while not is_true(await self.judge.scalar(statement)):
+                    assert self.process.returncode is None or ended
+                    await asyncio.sleep(0.01)  # the server needs the processor, too
+
+    @contextmanager
+    def explained(self, waited_for: str) -> Generator[None]:
+        """Add to a failure what was waited for, and what the server said."""
+        try:
+            yield
+        except (AssertionError, TimeoutError, EOFError) as error:
+            error.add_note(f"waited for: {waited_for}\n{self.log.read_text(errors='replace')}")
+            raise
 
     @asynccontextmanager
     async def request(self, method: str, path: str, *, length: int = 0) -> AsyncGenerator[Exchange]:
@@ -97,7 +110,9 @@ class Deployed:
             )
             writer.write("\r\n".join((*head, "", "")).encode())
             await writer.drain()
-            yield Exchange(reader, writer)
+            with self.explained(f"{method} {path}"):
+                async with asyncio.timeout(PATIENCE):
+                    yield Exchange(reader, writer)
         finally:
             writer.close()
             with suppress(ConnectionError):

@@ -48,7 +48,10 @@ def _running(command: list[str], log: Path, tries: int) -> Generator[int]:
     with (
         log.open("w") as output,
         subprocess.Popen(  # noqa: S603  # the server's own program
-            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C is not for it: its clients end first
         ) as process,
     ):
         try:
