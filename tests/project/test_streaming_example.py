@@ -21,9 +21,9 @@ ONE_CONNECTION: EngineArgs = {"poolclass": AsyncAdaptedQueuePool, "pool_size": 1
 MEGABYTE = 2**20
 
 
-async def test_readings_are_sent_as_csv(postgresql_url: str) -> None:
+async def test_readings_are_sent_as_csv(deferring_url: str) -> None:
     """The CSV has a line for each reading, and one alone where there is none."""
-    async with asgi_client(SandboxedApp(create_app(postgresql_url), db)) as client:
+    async with asgi_client(SandboxedApp(create_app(deferring_url), db)) as client:
         assert (await client.get("/readings.csv")).text == "id,place,celsius\r\n"
         lines = ["id,place,celsius"]
         for celsius in (31, 32):
@@ -80,9 +80,9 @@ async def test_events_tell_of_what_is_committed(deferring_url: str) -> None:
                 assert event.encode() in await stream.until(b"}\n\n")
 
 
-async def test_refused_reading_wakes_nobody(postgresql_url: str) -> None:
+async def test_refused_reading_wakes_nobody(deferring_url: str) -> None:
     """Where COMMIT fails the client is told so, and no reading is there for a stream."""
-    sandboxed = SandboxedApp(create_app(postgresql_url), db)
+    sandboxed = SandboxedApp(create_app(deferring_url), db)
     async with asgi_client(sandboxed, raise_app_exceptions=False) as client:
         sandboxed.box.fail_commit()
         assert (await client.post("/readings", json=ATTIC)).status_code == 500

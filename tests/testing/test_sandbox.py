@@ -214,3 +214,19 @@ async def test_statements_are_counted(sandboxed: Site, box: Sandbox) -> None:
     async with sandboxed.db() as unit, unit.savepoint():
         await unit.session.scalars(select(Note))
     box.assert_statements(at_most=1)
+
+
+async def test_counters_are_reset(sandboxed: Site, box: Sandbox) -> None:
+    """What happened before is forgotten; what is to fail next still fails."""
+    async with sandboxed.db(commit_on_exit=True) as unit:
+        unit.session.add(Note(text="counted"))
+        unit.on_commit(lambda: None)
+    async with sandboxed.db() as unit:
+        await unit.session.execute(insert(Note).values(text="undone"))
+    assert (box.commits, box.rollbacks, box.hooks_run, len(box.statements)) == (1, 1, 1, 2)
+    box.fail_commit()
+    box.reset()
+    assert (box.commits, box.rollbacks, box.hooks_run, box.statements) == (0, 0, 0, [])
+    with pytest.raises(IntegrityError):
+        await write(sandboxed.db, "refused")
+    assert await notes(sandboxed.db) == ["before", "counted"]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from attrs import Factory, define
 
+from ..exceptions import SandboxError
 from .meaning import Meaning, meaning_of
+from .pragmas import BEGINS, needs_no_transaction
 from .statements import verb_of, writes
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class Server(Protocol):
     def before(self, transaction: Logical, statement: str) -> None:
         """Record a statement that is about to be sent, or refuse it."""
 
+    def set_up(self, transaction: Logical, send: Callable[..., Any], statement: str) -> Any:
+        """Send a statement that has no effect inside a transaction, or refuse it."""
+
 
 @define(eq=False, repr=False)
 class Logical:
@@ -69,9 +74,13 @@ class Logical:
     """The task that began the transaction."""
     session: ref[Session] | None = None
     """The session that began it, if one did."""
+    refuses: str = ""
+    """Why no statement can be sent, while listeners to ``connect`` run."""
     explicit: bool = False
     """In autocommit, BEGIN was sent: the transaction goes on until its end is sent."""
     wrote: bool = False
+    begun_by_driver: bool = False
+    """SQLite's driver would have sent BEGIN: it does so before some statements alone."""
     savepoints: dict[str, bool] = Factory(dict[str, bool])
     """The application's open savepoints, and whether another transaction was committed inside each."""
     holds: bool = False
@@ -82,7 +91,7 @@ class Logical:
     def begun(self, task: asyncio.Task[Any] | None, session: ref[Session] | None) -> None:
         """Start anew for the next transaction."""
         self.task, self.session = task, session
-        self.wrote = self.holds = self.explicit = False
+        self.wrote = self.holds = self.explicit = self.begun_by_driver = False
         self.savepoints, self.settings = {}, []
 
     def hold(self) -> None:
@@ -108,6 +117,8 @@ class Logical:
     def run(self, send: Callable[..., Any], statement: str, *parameters: Any) -> Any:
         """Do what a statement means inside a sandbox."""
         server = self.server
+        if self.refuses:
+            raise SandboxError(self.refuses)
         meaning = meaning_of(server.dialect, statement)
         if meaning is Meaning.COMMIT or meaning is Meaning.ROLLBACK:
             return server.end(self, commit=meaning is Meaning.COMMIT)
@@ -124,12 +135,21 @@ class Logical:
             return None
         return self._send(send, statement, parameters)
 
+    def _sets_up(self, statement: str) -> bool:
+        """Whether a PRAGMA needs that no transaction is open, and in production none would be."""
+        open_there = self.explicit or self.begun_by_driver or bool(self.savepoints)
+        return not open_there and needs_no_transaction(statement)
+
     def _send(self, send: Callable[..., Any], statement: str, parameters: tuple[Any, ...]) -> Any:
         server, verb = self.server, verb_of(statement)
         server.before(self, statement)
         self.wrote = self.wrote or writes(statement, verb)
+        self.begun_by_driver = self.begun_by_driver or verb in BEGINS
         try:
-            result = send(statement, *parameters)
+            if server.dialect == "sqlite" and verb == "PRAGMA" and self._sets_up(statement):
+                result = server.set_up(self, send, statement)
+            else:
+                result = send(statement, *parameters)
         except Exception:
             if self.autocommits and not self.explicit:
                 server.end(self, commit=False)

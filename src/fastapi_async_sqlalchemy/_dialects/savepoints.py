@@ -36,6 +36,13 @@ class Savepoints:
         """Begin the transaction that is rolled back at the end."""
         self.send("BEGIN")
 
+    def has_written(self) -> bool:
+        """Whether the database knows of a write in the outer transaction, also by a function."""
+        return False
+
+    def restore_settings(self) -> None:
+        """Repeat the settings of listeners to ``connect``, which a ROLLBACK has undone."""
+
     def open(self, name: str, *, read_only: bool, inside: bool) -> None:  # noqa: ARG002  # others need them
         """Begin a transaction; ``inside`` if another one is open that has set something."""
         self.send(f"SAVEPOINT {name}")
@@ -59,10 +66,18 @@ class _Postgresql(Savepoints):
     restore: str = ""
 
     def begin(self) -> None:
+        self.restore = ""
         rows = self.send("SELECT name, setting FROM pg_settings WHERE source = 'session'", rows=True)
         for name, setting in rows:  # a listener to `connect` has made them
             quoted = str(setting).replace("'", "''")
             self.restore += f" PERFORM set_config('{name}', '{quoted}', false);"
+
+    def has_written(self) -> bool:
+        return bool(self.send("SELECT txid_current_if_assigned() IS NOT NULL", rows=True)[0][0])
+
+    def restore_settings(self) -> None:
+        if self.restore:
+            self.send(f"DO $sandbox$ BEGIN {self.restore} END $sandbox$")
 
     def open(self, name: str, *, read_only: bool, inside: bool) -> None:
         self.send(f"SAVEPOINT {name}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import Factory, define, field
+from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from .._dialects.begin import commits_by_itself
@@ -13,10 +15,10 @@ from .._dialects.savepoints import Savepoints, savepoints_of
 from ..exceptions import SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from sqlalchemy.engine import Engine
-    from sqlalchemy.pool import Pool, PoolProxiedConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
 _OTHER_LOOP: Final = (
     "it was opened in another event loop: wrap the application in SandboxedApp(app, db), which opens the "
@@ -26,6 +28,9 @@ _TWO_URLS: Final = (
     "two engines come to one database by different URLs, and so neither would see what the other commits: "
     "give both the same URL"
 )
+_PACKAGE: Final = "fastapi_async_sqlalchemy."
+IN_MEMORY: Final = frozenset({None, "", ":memory:"})
+"""What the URL of an SQLite database in memory names, which ends with its connection."""
 _ENDED: Final = "its block has ended: use the database inside of it"
 
 
@@ -43,6 +48,13 @@ class RealConnection:
     _used: set[Pool] = Factory(set["Pool"])
     """The engines' own pools that have connected; the first one's connection is this one."""
     _opening: asyncio.Lock = Factory(asyncio.Lock)
+    written: bool = False
+    """A statement that may have written was sent since the beginning."""
+    in_transaction: bool = True
+    changed: bool = False
+    """It was set up in ways that a later user of the connection does not expect."""
+    _heard: list[Callable[..., Any]] = Factory(list["Callable[..., Any]"])
+    """The listeners to ``connect`` that have run, or that the engines had before."""
 
     def __attrs_post_init__(self) -> None:
         self.savepoints = savepoints_of(self.engine, self.send)
@@ -74,10 +86,55 @@ class RealConnection:
                 await greenlet_spawn(lambda: own.connect().close())
             self._used.add(own)
 
+    def know(self, own: Pool) -> None:
+        """Leave out the listeners to ``connect`` that an engine has before the sandbox."""
+        self._heard.extend(listeners_of(own))
+
+    def unheard(self, own: Pool) -> list[Callable[..., Any]]:
+        """Return the listeners that an engine was given since then, and that have not run."""
+        return [one for one in listeners_of(own) if one not in self._heard]
+
+    def hear(self, listener: Callable[..., Any], connection: object, record: ConnectionPoolEntry) -> None:
+        """Call a listener to ``connect``; one that fails is called again for the next connection."""
+        listener(connection, record)
+        self._heard.append(listener)
+
+    def share_info(self, info: dict[Any, Any]) -> None:
+        """Exchange what listeners have left in the ``info`` of a connection, except for this package's."""
+        if self._opened is not None:
+            own = self._opened.info
+            info.update({key: value for key, value in own.items() if not str(key).startswith(_PACKAGE)})
+            own.update(info)
+
+    def has_written(self) -> bool:
+        """Whether something may be lost with the transaction."""
+        return self.written or self.savepoints.has_written()
+
+    @contextmanager
+    def outside_transaction(self) -> Generator[None]:
+        """End the transaction, in which nothing was written, and begin another one afterwards."""
+        self.changed, self.in_transaction = True, False
+        self.adapter.rollback()
+        self.savepoints.restore_settings()
+        self.adapter.commit()
+        try:
+            yield
+        finally:
+            self.savepoints.begin()
+            self.in_transaction = True
+
     def _begin(self, engine: Engine, own: Pool) -> None:
         if any(other._opened is not None and self._goes_to_the_place_of(other) for other in self._all):
             raise SandboxError(_TWO_URLS)
-        self._opened = opened = own.connect()
+        fresh: list[object] = []
+        event.listen(own, "connect", mark := lambda *_: fresh.append(_))
+        try:
+            self._opened = opened = own.connect()
+        finally:
+            event.remove(own, "connect", mark)
+        if fresh:
+            self.changed = bool(self.unheard(own))
+            self.know(own)
         dialect = engine.dialect
         try:
             if commits_by_itself(engine) and dialect.default_isolation_level is not None:
@@ -110,4 +167,12 @@ class RealConnection:
         self.ended = True
         opened, self._opened = self._opened, None
         if opened is not None:
-            await greenlet_spawn(opened.invalidate if discard else opened.close)
+            leaves = self.changed and self.engine.url.database not in IN_MEMORY
+            if leaves and not discard:
+                await greenlet_spawn(opened.rollback)  # 2.0.58 closes SQLite's connection only later
+            await greenlet_spawn(opened.invalidate if discard or leaves else opened.close)
+
+
+def listeners_of(own: Pool) -> list[Callable[..., Any]]:
+    """Return all listeners to the opening of a connection, in their order."""
+    return [*own.dispatch.first_connect, *own.dispatch.connect]

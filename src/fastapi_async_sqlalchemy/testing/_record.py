@@ -68,6 +68,11 @@ class Sandbox:
             message = f"{sent}, and at most {at_most} expected:\n{listed}"
             raise AssertionError(message)
 
+    def reset(self) -> None:
+        """Set all counters to 0, and forget the statements; failures that wait for their moment stay."""
+        self._commits = self._rollbacks = self._hooks_run = 0
+        self.statements.clear()
+
     def fail_commit(
         self, failure: CommitFailure = "constraint", *, on: SessionProxy[AsyncSession] | None = None
     ) -> None:

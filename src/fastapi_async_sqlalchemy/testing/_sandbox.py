@@ -19,7 +19,8 @@ from .._dialects.loops import renew_queue
 from .._session.cancellation import to_completion
 from .._unit.place import Handle
 from ..exceptions import ConfigurationError, SandboxError
-from ._connection import RealConnection
+from ._connection import IN_MEMORY, RealConnection
+from ._listeners import share_listeners
 from ._record import Sandbox
 from ._server import SandboxServer
 
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from .._session.watch import Watch
 
 _EVENTS: Final = ("checkout", "checkin", "reset", "invalidate", "soft_invalidate", "detach", "close_detached")
-"""The pool's events that concern a logical connection; a real one has `connect` and `close` for itself."""
+"""The pool's events that concern a logical connection; `connect` and `close` concern the real one."""
 _OPEN: Final = "another one is open on the same database: use that one, or leave it before"
-_IN_MEMORY: Final = frozenset({None, "", ":memory:"})
 
 
 def sandbox(
@@ -145,13 +145,14 @@ class _Takeover:
                     event.remove(engine, "checkout", listener)
         else:
             renew_queue(engine, self.loop)
+            server.connection.know(engine.pool)
             logical = _logical_pool(engine, engine.pool, server)
             self.taken.append(_Taken(engine, engine.pool, logical))
             engine.pool = logical
 
     def _server_of(self, engine: Engine, pool: Pool) -> SandboxServer:
         """Return the server of an engine's database, which engines of the same URL share."""
-        key: Hashable = pool if engine.url.database in _IN_MEMORY else engine.url
+        key: Hashable = pool if engine.url.database in IN_MEMORY else engine.url
         if key not in self.servers:
             connection = RealConnection(engine, self.loop, self.connections)
             self.connections.append(connection)
@@ -190,4 +191,5 @@ def _logical_pool(engine: Engine, own: Pool, server: SandboxServer) -> Pool:
         for listener in getattr(own.dispatch, name):
             if not looks_at_driver(listener):
                 event.listen(pool, name, listener)
+    share_listeners(pool, own, server)
     return pool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
@@ -14,26 +14,23 @@ from .._dialects.adapters import logical_connection
 from .._dialects.begin import commits_by_itself
 from .._dialects.logical import Logical, LogicalConnection
 from .._dialects.meaning import commits_implicitly
+from .._dialects.pragmas import is_already, writes_header
 from .._dialects.reads import asks_for_facts
 from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
 from .._session.cancellation import to_completion
 from .._session.state import task_at_work, task_name
-from .._tasks.each import TaskUnits
-from .._unit.place import bound_here
-from .._unit.unit import UnitOfWork
 from ..exceptions import SandboxError
+from ._around import sessions_around
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator
 
     from sqlalchemy.engine import Engine
-    from sqlalchemy.orm import Session
-    from sqlalchemy.pool import Pool
+    from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
     from .._session.state import StatefulSession
     from .._session.watch import Watch
-    from .._unit.place import Place
     from ._connection import RealConnection
     from ._record import Sandbox
 
@@ -52,6 +49,14 @@ _BY_DATABASE: Final = (
 _DDL: Final = (
     "MariaDB would commit the whole sandbox by {}: change the schema before the sandbox is opened, in a "
     "fixture of the session"
+)
+_LATE: Final = (
+    "a listener to 'connect' was added too late, and cannot send its statements outside of the sandbox's "
+    "transaction: add it before the first write and outside of units, or before the sandbox is opened"
+)
+_PRAGMA: Final = (
+    "SQLite has `{}` take effect only outside of a transaction, and the sandbox's cannot be left: something "
+    "was written, or another unit is open. Add a listener to 'connect' that sends it before the first write"
 )
 _SAVEPOINTS: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK"})
 _NOT_COUNTED: Final = _SAVEPOINTS | {"SET", "PRAGMA", "SHOW"}
@@ -88,6 +93,53 @@ class SandboxServer:
         self.connection.open(engine, own)
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))
 
+    def introduce(self, own: Pool, connection: LogicalConnection, record: ConnectionPoolEntry) -> None:
+        """Run the listeners to ``connect`` that an engine was given meanwhile; the others have run."""
+        session = self._session_at_work()
+        while self.connection.unheard(own) and self._open and not self._lies_inside(self._open[-1], session):
+            self._wait()
+        new = self.connection.unheard(own)
+        if new and not (self._open or self.connection.has_written()):
+            with self._outside_transaction(Logical(self, autocommits=False)):
+                for listener in new:
+                    self.connection.hear(listener, self.real, record)
+        else:
+            connection._logical.refuses = _LATE
+            for listener in new:
+                self.connection.hear(listener, connection, record)
+            connection._logical.refuses = ""
+        self.connection.share_info(record.info)
+
+    @contextmanager
+    def _outside_transaction(self, holder: Logical) -> Generator[None]:
+        """Leave the outer transaction for a moment, in which the others wait for ``holder``."""
+        holder.begun(task_at_work(), None)
+        self._open.append(holder)
+        try:
+            with self.connection.outside_transaction():
+                yield
+        except BaseException as error:
+            if not self.connection.in_transaction:
+                self._lose(_BY_DATABASE, error)
+            raise
+        finally:
+            self._open.remove(holder)
+            self._wake()
+
+    def set_up(self, transaction: Logical, send: Callable[..., Any], statement: str) -> Any:
+        """Send a PRAGMA that SQLite takes outside of a transaction alone, or ignores inside."""
+        if is_already(statement, self.connection.send):
+            return None
+        if len(self._open) > 1 or self.connection.has_written():
+            raise SandboxError(_PRAGMA.format(statement.strip()))
+        self._open.remove(transaction)
+        try:
+            with self._outside_transaction(Logical(self, autocommits=False)):
+                return send(statement)
+        finally:
+            self._open.append(transaction)
+            self._begin_savepoint(transaction)
+
     def _require(self) -> None:
         if self.over:
             raise SandboxError(self.over)
@@ -102,6 +154,7 @@ class SandboxServer:
             self._lose(_OUTLIVES)
         if transaction.read_only and writes(statement, verb):
             self.connection.savepoints.refuse_write()
+        self.connection.written |= writes(statement, verb) or writes_header(statement)
         if verb not in _NOT_COUNTED and not asks_for_facts(statement):
             self.box.statements.append(statement)
             if self.box._loses_connection(self.watches):
@@ -144,7 +197,7 @@ class SandboxServer:
         if top.task is task:
             return True
         outer = None if top.session is None else top.session()
-        return outer is not None and outer is not session and outer in _sessions_around()
+        return outer is not None and outer is not session and outer in sessions_around()
 
     def _wait_for_inner(self, transaction: Logical) -> None:
         while self._open[-1] is not transaction:
@@ -295,18 +348,3 @@ class SandboxServer:
         """Roll everything back."""
         await self.connection.close(discard=bool(self.over))
         self._wake()
-
-
-def _sessions_around() -> Iterator[Session]:
-    """Yield the sessions of the units that are open around the current code."""
-    for place in bound_here():
-        for unit in _units_of(place):
-            if unit._watched is not None:
-                yield unit._watched
-
-
-def _units_of(place: Place[Any]) -> Iterator[UnitOfWork[Any]]:
-    if isinstance(place, UnitOfWork):
-        yield place
-    elif isinstance(place, TaskUnits) and not place.closed:
-        yield place._units[place._owner]
