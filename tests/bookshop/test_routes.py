@@ -248,7 +248,7 @@ async def test_admin(visit: Visit) -> None:
 
 @pytest.mark.parametrize("https", [False, True])
 async def test_cookie_of_the_admin(settings: Settings, *, https: bool) -> None:
-    """No script and no other site can use the cookie, which goes by HTTPS alone unless the settings say so."""
+    """No script and no other site can use the cookie; it goes by HTTPS alone unless the settings say so."""
     login = {"username": "admin", "password": "a password for tests"}
     async with visiting(settings.model_copy(update={"admin_https": https})) as visit:
         answer = await visit.client.post("/admin/login", data=login)
