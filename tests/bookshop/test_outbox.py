@@ -1,5 +1,6 @@
 """The outbox of the bookshop: each message is delivered, and what comes twice changes nothing."""
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
 from os import killpg
@@ -19,7 +20,7 @@ from examples.bookshop.deliveries import Deliveries
 from examples.bookshop.models import Message, Order
 from examples.bookshop.outbox import drain
 from examples.bookshop.settings import Settings
-from tests.support.bookshop import ISBN, OTHER, fill, migrated, order, worker
+from tests.support.bookshop import ISBN, OTHER, PATIENCE, fill, migrated, order, worker
 from tests.support.databases import JudgeFor
 from tests.support.serving import asgi_client
 
@@ -65,6 +66,17 @@ async def test_message_is_delivered(client: AsyncClient, settings: Settings) -> 
     assert "To: ann@example.com" in mail
     assert "2 x Pride and Prejudice: 15.98" in mail
     assert (await client.get("/reports/sales")).json() == SOLD
+
+
+async def test_message_that_another_worker_has(client: AsyncClient, settings: Settings) -> None:
+    """A message that another worker has locked is passed by, and the next one is delivered."""
+    await order(client, {ISBN: 2})
+    deliver = Deliveries(settings.mail_folder).deliver
+    async with create_async_engine(settings.shop_url, poolclass=NullPool).connect() as other:
+        await other.execute(text("SELECT FROM outbox ORDER BY due_at, id LIMIT 1 FOR UPDATE"))
+        async with asyncio.timeout(PATIENCE):
+            assert await drain(deliver) == 1
+    assert await drain(deliver) == 1
 
 
 async def test_message_that_fails_waits(client: AsyncClient, settings: Settings, judge_for: JudgeFor) -> None:

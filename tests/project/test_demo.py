@@ -135,3 +135,11 @@ async def test_narrow_page_can_be_read(browser: Browser, url: str, scheme: Liter
         contrasts = await demo.page.evaluate(CONTRASTS)
         assert len(contrasts) > 50
         assert [text for text, ratio in contrasts if ratio < 4.5] == []
+
+
+async def test_page_may_ask_its_own_server_only(browser: Browser, url: str) -> None:
+    """The policy of the page refuses any other address."""
+    ask = "address => fetch(address).then(() => 'answered', () => 'refused')"
+    async with open_demo(browser, url) as demo:
+        assert await demo.page.evaluate(ask, "/accounts") == "answered"
+        assert await demo.page.evaluate(ask, "data:,") == "refused"
