@@ -19,7 +19,7 @@ AuditMiddleware, audit = create_middleware_and_session_proxy()
 
 
 def upgrade(connection: Connection, database: str) -> None:
-    """Bring a database to its newest revision, on a connection whose owner commits."""
+    """Upgrade a database to its newest revision, on a connection that the caller commits."""
     config = Config(ALEMBIC_INI, ini_section=database)
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

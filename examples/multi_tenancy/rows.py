@@ -21,7 +21,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """A note of a tenant; the database fills in whose."""
+    """A note of a tenant; the database fills in the tenant."""
 
     __tablename__ = "note"
 
@@ -35,11 +35,11 @@ POLICY = (
     "ALTER TABLE note FORCE ROW LEVEL SECURITY",
     "CREATE POLICY own_rows ON note USING (tenant = current_setting('app.tenant'))",
 )
-"""What a migration adds to the table; the policy holds for what is read and for what is written."""
+"""The statements for a migration; the policy applies to reads and to writes."""
 
 
 def set_tenant(unit: UnitOfWork[AsyncSession]) -> None:
-    """Begin each transaction of a unit with its tenant; without one there is a LookupError and no session."""
+    """Set the tenant in each transaction of a unit; without a tenant, raise LookupError and open no session."""
     name = tenant.get()
 
     def begin(connection: Connection) -> None:
@@ -55,7 +55,7 @@ TENANTS = {"Bearer 6b1f": "acme", "Bearer 93d0": "initech"}
 
 
 async def authenticate(authorization: Annotated[str, Header()]) -> None:
-    """Find out whose request it is; a plain function would run in a thread, and set a copy."""
+    """Set the request's tenant; a plain function would run in a thread and set only a copy."""
     if authorization not in TENANTS:
         raise HTTPException(401)
     tenant.set(TENANTS[authorization])
@@ -74,7 +74,7 @@ async def follow_up(text: str) -> None:
 
 
 async def read() -> list[str]:
-    """Return all notes: the statement names no tenant."""
+    """Return all notes of the tenant; the statement does not name it."""
     return list(await db.session.scalars(select(Note.text).order_by(Note.id)))
 
 
