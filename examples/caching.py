@@ -111,7 +111,7 @@ class Prices:
     cache: Cache
 
     async def read(self, number: int) -> Price:
-        """Return a price from the cache, or else from the database."""
+        """Return a price from the cache, or from the database if it is not cached."""
         cached = await self.cache.get(f"price:{number}")
         if cached is not None:
             return Price.model_validate_json(cached)
@@ -122,7 +122,7 @@ class Prices:
         return Price.model_validate(product)
 
     async def write(self, number: int, cents: int) -> Price:
-        """Change a price; until COMMIT its readers have the old one."""
+        """Change a price; readers see the old one until COMMIT."""
         product = await db.session.get(Product, number, with_for_update=True)
         if product is None:
             raise HTTPException(404)
@@ -131,7 +131,7 @@ class Prices:
         return Price.model_validate(product)
 
     async def remember(self, product: Product) -> None:
-        """Cache what is committed now."""
+        """Cache the committed price."""
         price = Price.model_validate(product)
         await self.cache.put(f"price:{product.id}", product.version, price.model_dump_json())
 

@@ -54,7 +54,7 @@ def create_app(url: str = "sqlite+aiosqlite:///tasks.db") -> FastAPI:
 
     @app.get("/tasks")
     async def tasks() -> Page[ReadTask]:
-        """Return a page and the number of all tasks: two statements of the request's transaction."""
+        """Return a page and the total number of tasks: two statements in the request's transaction."""
         page: Page[ReadTask] = await apaginate(db.session, select(Task).order_by(Task.priority, Task.id))
         return page
 

@@ -25,13 +25,13 @@ class Note(Base):
 
 @frozen
 class Notes:
-    """Notes, and an announcement of each that is committed."""
+    """Writes notes, and announces each one once it is committed."""
 
     session: AsyncSession
     unit: UnitOfWork[AsyncSession]
 
     async def write(self, text: str) -> None:
-        """Add a note; nobody commits here."""
+        """Add a note without committing it."""
         self.session.add(Note(text=text))
         self.unit.on_commit(lambda: announced.append(text))
 

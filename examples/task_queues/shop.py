@@ -47,7 +47,7 @@ class DoneTask(Base):
 
 
 class OutboxMessage(Base):
-    """A task to be enqueued, stored in the transaction that needs it."""
+    """A task to enqueue, stored in the same transaction as its order."""
 
     __tablename__ = "outbox_message"
 

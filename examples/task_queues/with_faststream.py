@@ -37,7 +37,7 @@ async def enqueue(order_id: int) -> None:
 
 @asynccontextmanager
 async def lifespan() -> AsyncGenerator[None]:
-    """Give the pair the broker's engine for as long as the worker runs."""
+    """Bind the broker's engine to the pair while the worker runs."""
     async with db.connect(engine):
         yield
     await engine.dispose()
