@@ -24,7 +24,7 @@ class NewOrder(BaseModel):
 
 @router.post("/orders", status_code=201)
 async def order(new: NewOrder) -> int:
-    """Store an order, and enqueue its reservation once it is committed."""
+    """Store an order, and enqueue its reservation after COMMIT."""
     number = await store(new)
 
     async def enqueue() -> None:

@@ -56,13 +56,13 @@ class OutboxMessage(Base):
 
 
 async def is_first_time(key: str) -> bool:
-    """Store an idempotency key in the current transaction; return False if it has been committed before."""
+    """Store an idempotency key in the current transaction; return False if it was stored before."""
     statement = insert(DoneTask).values(key=key).on_conflict_do_nothing().returning(DoneTask.key)
     return await db.session.scalar(statement) is not None
 
 
 async def reserve(order_id: int) -> bool:
-    """Take an order's quantity from the stock, once; return whether this call did it."""
+    """Take an order's quantity from the stock, only once; return whether this call did so."""
     order = await db.session.get_one(Order, order_id)
     if not await is_first_time(f"reserve-{order_id}"):
         return False

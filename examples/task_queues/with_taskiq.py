@@ -24,7 +24,7 @@ class TaskBroker(RedisStreamBroker):
     """
 
     async def listen(self) -> AsyncGenerator[AckableMessage]:
-        """Yield messages one at a time: first any that a dead worker has left, then a new one."""
+        """Yield messages one at a time: those of a dead worker first, then new ones."""
         group, consumer = self.consumer_group_name, self.consumer_name
         client: Any = Redis(connection_pool=self.connection_pool)
         async with client as redis:
@@ -55,7 +55,7 @@ broker = TaskBroker(
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)
 async def connect(state: TaskiqState) -> None:
-    """Connect the pair: once for each worker process, in the event loop that runs the tasks."""
+    """Connect the pair once per worker process, in the event loop that runs the tasks."""
     state.resources = AsyncExitStack()
     await state.resources.enter_async_context(db.connect(shop.DATABASE_URL, engine_args={"pool_size": 10}))
 
