@@ -49,7 +49,7 @@ class Transfer(Base):
 
 
 class NewTransfer(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     sender: str
     receiver: str
@@ -108,7 +108,7 @@ async def refuse(_: Request, error: Exception) -> JSONResponse:
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Quickstart", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, commit_on_exit=True)
     app.include_router(router)

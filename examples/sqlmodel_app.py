@@ -132,7 +132,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Tickets", lifespan=lifespan)
     app.add_middleware(TicketsMiddleware, db_url=db_url, commit_on_exit=True)
     app.include_router(router)

@@ -43,7 +43,7 @@ async def pay_carol(seconds: float) -> AsyncIterator[str]:
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     timelines = Timelines()
 
     @asynccontextmanager

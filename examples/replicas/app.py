@@ -52,7 +52,7 @@ class Note(Base):
 
 
 class NewNote(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     text: str
 

@@ -16,7 +16,7 @@ router = APIRouter()
 
 
 class NewOrder(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     product: str
     quantity: int
