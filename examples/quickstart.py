@@ -134,7 +134,7 @@ POST = "curl -i -H 'Content-Type: application/json' -d"
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of this machine, or on a free one if that is taken."""
+    """Listen on a local port, or on a free one if that port is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:

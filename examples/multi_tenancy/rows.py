@@ -39,7 +39,7 @@ POLICY = (
 
 
 def set_tenant(unit: UnitOfWork[AsyncSession]) -> None:
-    """Set the tenant in each transaction of a unit; without a tenant, raise LookupError and open no session."""
+    """Set the tenant in each transaction of a unit; raise LookupError if there is no tenant."""
     name = tenant.get()
 
     def begin(connection: Connection) -> None:

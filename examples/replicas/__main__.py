@@ -37,7 +37,7 @@ POST = "curl -i -H 'Content-Type: application/json' -d"
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of this machine, or on a free one if that is taken."""
+    """Listen on a local port, or on a free one if that port is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:
@@ -45,7 +45,7 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    """Serve until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = int(os.environ.get("PORT", "8000"))
     with primary_server() as primary, hot_standby(primary) as standby, listen(port) as listener:
