@@ -28,5 +28,5 @@ def sandbox_app(sandbox_url: str) -> FastAPI:
 
 @pytest.fixture
 def sandbox_databases() -> tuple[SessionProxy[AsyncSession], ...]:
-    """Both databases: neither keeps what a test writes."""
+    """Both databases; a test's writes to either are undone."""
     return shop, audit

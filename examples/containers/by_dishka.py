@@ -47,7 +47,7 @@ async def read(notes: FromDishka[Notes]) -> list[str]:
 
 
 def create_container() -> AsyncContainer:
-    """Make the container, for the application or for a worker."""
+    """Create the container, for the application or for a worker."""
     return make_async_container(DatabaseProvider())
 
 

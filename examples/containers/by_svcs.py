@@ -46,7 +46,7 @@ async def read(services: DepContainer) -> list[str]:
 
 
 def create_app(url: str) -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(NotesMiddleware, db_url=url, commit_on_exit=True)
     app.add_api_route("/notes", write, methods=["POST"], status_code=201)

@@ -1,4 +1,4 @@
-"""A service that is given its session and its unit, and knows neither a container nor a request."""
+"""A service that receives its session and unit, and does not depend on the container or the request."""
 
 from attrs import frozen
 from sqlalchemy import select

@@ -82,7 +82,7 @@ async def live() -> str:
 
 @app.get("/health/ready")
 async def ready() -> str:
-    """Say whether requests should be sent here."""
+    """Report whether this process can take requests."""
     try:
         await db.ping(timeout=1)
     except Exception as error:
@@ -91,7 +91,7 @@ async def ready() -> str:
 
 
 async def place(item: str) -> int:
-    """Take one from the stock, and return the order's number."""
+    """Take one item from the stock, and return the order's number."""
     taken = update(Stock).where(Stock.item == item).values(amount=Stock.amount - 1)
     if await db.session.scalar(taken.returning(Stock.amount)) is None:
         raise HTTPException(404, "no such item")

@@ -1,6 +1,6 @@
 """An application that reads from the database while it is loaded, for `gunicorn --preload`.
 
-The engine has a connection before the workers are forked; each of them gets others.
+The engine has a connection before the workers are forked; each worker opens separate ones.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Tenants that share tables: PostgreSQL's row-level security shows each of them its own rows."""
+"""Tenants that share tables: PostgreSQL's row-level security limits each tenant to its own rows."""
 
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
@@ -51,7 +51,7 @@ def set_tenant(unit: UnitOfWork[AsyncSession]) -> None:
 db.on_open(set_tenant)
 
 TENANTS = {"Bearer 6b1f": "acme", "Bearer 93d0": "initech"}
-"""Yours come from a signed token, or from a table of another pair."""
+"""In production, read them from a signed token or from a table of another pair."""
 
 
 async def authenticate(authorization: Annotated[str, Header()]) -> None:
@@ -79,7 +79,7 @@ async def read() -> list[str]:
 
 
 async def stream() -> StreamingResponse:
-    """Read in the body of a stream, which is in the tail."""
+    """Read in the body of a stream, in the tail."""
 
     async def lines() -> AsyncGenerator[str]:
         for text in await read():
@@ -89,7 +89,7 @@ async def stream() -> StreamingResponse:
 
 
 def create_app(url: str, engine_args: EngineArgs | None = None) -> FastAPI:
-    """Make the application; its user neither owns the table nor is a superuser."""
+    """Create the application; its database user is neither the table's owner nor a superuser."""
     app = FastAPI(dependencies=[Depends(authenticate)])
     app.add_middleware(TenantMiddleware, db_url=url, engine_args=engine_args, commit_on_exit=True)
     app.add_api_route("/notes", write, methods=["POST"])

@@ -1,4 +1,4 @@
-"""Tenants with a schema each: the same models, in the tables of the current tenant."""
+"""Tenants with separate schemas: the same models, with the tables of the current tenant."""
 
 from contextvars import ContextVar
 

@@ -50,7 +50,7 @@ async def relay(stopping: asyncio.Event) -> int:
 
 
 async def main() -> None:
-    """Relay until SIGTERM or Ctrl-C, and finish the batch at hand."""
+    """Relay until SIGTERM or Ctrl-C, and finish the current batch."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

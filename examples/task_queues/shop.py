@@ -1,4 +1,4 @@
-"""The tables of a small shop, and the work that its tasks do: the same for each task queue."""
+"""The tables of a small shop, and the work of its tasks, which all task queues share."""
 
 import os
 from datetime import datetime
@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
 
 
 class Product(Base):
-    """What is in stock."""
+    """A product in stock."""
 
     __tablename__ = "product"
 

@@ -1,4 +1,4 @@
-"""The shop's tasks by arq: `arq examples.task_queues.with_arq.WorkerSettings`."""
+"""The shop's tasks with arq: `arq examples.task_queues.with_arq.WorkerSettings`."""
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack

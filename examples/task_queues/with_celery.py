@@ -1,4 +1,4 @@
-"""The shop's tasks by Celery: `celery -A examples.task_queues.with_celery worker --concurrency 2`."""
+"""The shop's tasks with Celery: `celery -A examples.task_queues.with_celery worker --concurrency 2`."""
 
 # Celery has no types:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false

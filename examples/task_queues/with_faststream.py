@@ -1,4 +1,4 @@
-"""The shop's tasks by faststream-outbox, without Redis: `python -m examples.task_queues.with_faststream`."""
+"""The shop's tasks with faststream-outbox, no Redis: `python -m examples.task_queues.with_faststream`."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The shop's tasks by TaskIQ: `taskiq worker examples.task_queues.with_taskiq:broker`."""
+"""The shop's tasks with TaskIQ: `taskiq worker examples.task_queues.with_taskiq:broker`."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -17,10 +17,10 @@ from fastapi_async_sqlalchemy import UnitOfWork, db
 
 
 class TaskBroker(RedisStreamBroker):
-    """A stream whose unacknowledged messages come again after `idle_timeout`, and no others stay in it.
+    """A stream that redelivers unacknowledged messages after `idle_timeout`, and deletes acknowledged ones.
 
-    taskiq-redis 1.0.9 takes them over under a lock that a killed worker can leave for good; 1.2.4 takes them
-    over only when a new message has come.
+    taskiq-redis 1.0.9 takes messages over under a lock, which a killed worker may never release; 1.2.4
+    does so only after a new message has arrived.
     """
 
     async def listen(self) -> AsyncGenerator[AckableMessage]:

@@ -1,4 +1,4 @@
-"""What Alembic runs for every command: one script for both databases, which are sections of alembic.ini."""
+"""The script that Alembic runs for every command, for both databases, which are sections of alembic.ini."""
 
 import asyncio
 import os
