@@ -1,8 +1,8 @@
 """The memory that a long CSV export needs; `python -m examples.streaming_memory 1000000` measures it.
 
 It serves examples/streaming.py with uvicorn, on an SQLite file and on PostgreSQL, and reads the whole CSV.
-It prints how much the process grew, with server, client and SQLite together, and how much it grows if all rows
-are loaded at the same time. It needs the development requirements.
+It prints how much the process grew, with server, client and SQLite together, and how much it grows if all
+rows are loaded at the same time. It needs the development requirements.
 """
 
 import asyncio
