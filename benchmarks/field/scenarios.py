@@ -216,7 +216,7 @@ async def cancelled(ground: Ground) -> str:
             await request
         left = ground.out()
     outcome = await _outcome(ground, "written")
-    return outcome + (", connection still out" if left else ", connection back")
+    return outcome + (", connection still out" if left else ", connection returned")
 
 
 async def slow_client(ground: Ground) -> str:
