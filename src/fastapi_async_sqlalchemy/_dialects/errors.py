@@ -19,6 +19,8 @@ _MYSQL_ERRORS: Final = frozenset({1020, 1205, 1213})
 """ER_CHECKREAD (a newer version of the row, MariaDB), ER_LOCK_WAIT_TIMEOUT and ER_LOCK_DEADLOCK."""
 _SAVEPOINT_LOST: Final = 1305
 """ER_SP_DOES_NOT_EXIST: MySQL's and MariaDB's answer to ROLLBACK TO SAVEPOINT after a deadlock."""
+_NODE_NOT_READY: Final = 1047
+"""ER_UNKNOWN_COM_ERROR: a Galera node's answer to every command while it has no part in the cluster."""
 _SQLITE_BUSY: Final = 5
 """SQLITE_BUSY; extended codes hold it in their lowest byte."""
 
@@ -30,10 +32,12 @@ def is_conflict(error: Exception) -> bool:
     """
     if isinstance(error, UnexpectedRollbackError):
         return isinstance(error.__cause__, Exception) and is_conflict(error.__cause__)
-    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+    if not isinstance(error, DBAPIError) or error.orig is None:
         return False
     driver = error.orig
-    if driver is None:
+    if _is_node_not_ready(driver):
+        return True  # nothing was executed, not even a COMMIT; the connection is discarded all the same
+    if error.connection_invalidated:
         return False
     if driver.args[:1] == (_SAVEPOINT_LOST,) and isinstance(driver.__context__, Exception):
         return is_conflict(driver.__context__)  # the deadlock has rolled the savepoint's transaction back
@@ -45,6 +49,19 @@ def is_conflict(error: Exception) -> bool:
         or (isinstance(code, int) and code in _MYSQL_ERRORS)
         or (isinstance(busy, int) and busy & 0xFF == _SQLITE_BUSY)
     )
+
+
+def discard_refused(context: ExceptionContext) -> None:
+    """Have the pool's connections discarded once a Galera node takes no commands: others may lead elsewhere.
+
+    The node answers a ping, and so its connections would stay in the pool.
+    """
+    if _is_node_not_ready(context.original_exception):
+        context.is_disconnect = context.invalidate_pool_on_disconnect = True
+
+
+def _is_node_not_ready(error: BaseException) -> bool:
+    return error.args[:1] == (_NODE_NOT_READY,) and "WSREP" in str(error)
 
 
 _TRANSACTION_LOST: Final = frozenset({1020, 1206, 1213})

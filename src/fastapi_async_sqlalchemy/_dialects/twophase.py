@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.exc import NotSupportedError
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
 
+from ..exceptions import ConfigurationError
 from .alone import alone
 from .logical import LogicalConnection
 from .statements import TWO_PHASE, dated
@@ -27,6 +29,7 @@ CLOCK: Final = text("SELECT @@timestamp")
 """The query for MariaDB's time in seconds since 1970, whatever the time zone."""
 XID: Final = "fastapi_async_sqlalchemy.xid"
 """The name of the last two-phase transaction begun on a connection to MariaDB."""
+_NO_XA: Final = "a Galera cluster has no two-phase commit: leave it out of atomic()."
 _FOLLOWED_HERE: Final = "fastapi_async_sqlalchemy.followed_here"
 
 
@@ -39,7 +42,12 @@ def date_by_server(dialect: Any) -> None:
 
     def begin_dated(connection: Connection, xid: str) -> None:
         connection.info[XID] = dated(xid, int(connection.execute(CLOCK).scalar_one()))
-        begin(connection, connection.info[XID])
+        try:
+            begin(connection, connection.info[XID])
+        except NotSupportedError as error:
+            if "Galera" not in str(error.orig):
+                raise
+            raise ConfigurationError(_NO_XA) from error
 
     dialect.do_begin_twophase = begin_dated
 

@@ -12,7 +12,7 @@ from weakref import WeakSet
 from attrs import Factory, define
 from sqlalchemy import event
 
-from .._dialects.errors import begin_in_time, is_transaction_lost
+from .._dialects.errors import begin_in_time, discard_refused, is_transaction_lost
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
 from .outcome import check_again, note_committed
@@ -156,6 +156,7 @@ class Watch(Shared):
             if state.committing and not after_the_check:
                 note_committed(session)
             state.note_error(context, session.hash_key)
+            discard_refused(context)
             if after_the_check:
                 check_again(session)
             if is_transaction_lost(context):

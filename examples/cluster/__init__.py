@@ -1,0 +1,1 @@
+"""PostgreSQL under Patroni, HAProxy before it, and an application that lives through failovers."""

@@ -1,0 +1,164 @@
+"""Start etcd, three PostgreSQL under Patroni, HAProxy and the application, with clients that write.
+
+Ctrl-C ends them and removes all that they stored. The URL names all servers; with --haproxy it names HAProxy.
+It needs the development requirements, and the programs etcd and haproxy.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+
+from attrs import Factory, define
+from httpx2 import AsyncClient, HTTPError
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+
+from examples.cluster.app import Note, create_app, primary
+from examples.cluster.kill import PID_FILE
+from tests.support.patroni import Cluster, Member, patroni_cluster
+from tests.support.programs import ProgramMissingError
+from tests.support.serving import serve
+
+WRITERS = 4
+ABSENCE = 30
+"""Seconds after which a member that was killed is started again, as systemd would do."""
+GUIDE = """
+Open  {url}/docs
+
+Clients write all the time. A line every five seconds says what they were told, and another one who leads.
+Kill the leader, Patroni and PostgreSQL:
+  make cluster-kill
+Have it hand over:
+  {patronictl} switchover --force
+Ask Patroni, and the application:
+  {patronictl} list
+  curl {url}/servers
+
+A leader that was killed is started again after {absence} seconds. Ctrl-C ends it and removes the servers.
+"""
+
+
+@define(eq=False)
+class Clients:
+    """Clients that write one note after another, and know which of them they were told are stored."""
+
+    url: str
+    told: set[str] = Factory(set[str])
+    refused: Counter[str] = Factory(Counter[str])
+    longest: float = 0.0
+
+    async def write(self, name: int) -> None:
+        """Write until cancelled."""
+        async with AsyncClient(base_url=self.url, timeout=30) as client:
+            for number in itertools.count():
+                key, begun = f"{name}-{number}", monotonic()
+                try:
+                    response = await client.put(f"/notes/{key}", json={"text": "hello"})
+                except HTTPError as error:  # the application ends
+                    self.refused[type(error).__name__] += 1
+                    await asyncio.sleep(1)
+                    continue
+                self.longest = max(self.longest, monotonic() - begun)
+                if response.status_code == 201:
+                    self.told.add(key)
+                else:
+                    self.refused[response.text] += 1
+                await asyncio.sleep(0.05)
+
+    def summary(self) -> str:
+        """Say what they were told so far."""
+        refused = ", ".join(f"{count} {answer}" for answer, count in self.refused.items()) or "none"
+        return f"told {len(self.told)}, longest answer {self.longest:.1f} s, refused: {refused}"
+
+    async def lost(self) -> str:
+        """Count the notes that they were told are stored, and are not."""
+        try:
+            async with primary() as unit:
+                return str(len(self.told - set(await unit.session.scalars(select(Note.key)))))
+        except (DBAPIError, OSError) as error:
+            return f"unknown, for there is no leader ({type(error).__name__})"
+
+
+async def watch(cluster: Cluster) -> None:
+    """Print who leads when it changes."""
+    before = ""
+    while True:
+        view = await asyncio.to_thread(cluster.view)
+        now = ", ".join(f"{name} {one['role']} {one['state']}" for name, one in sorted(view.items()))
+        if now != before:
+            print(f"members: {now or 'no Patroni answers'}", flush=True)
+        before = now
+        await asyncio.sleep(0.5)
+
+
+async def kill_leader(cluster: Cluster) -> None:
+    """Kill who leads, and start it again later."""
+    leader = await asyncio.to_thread(cluster.leader)
+    print(f"kills {leader.name}", flush=True)
+    await asyncio.to_thread(leader.kill)
+    await asyncio.sleep(ABSENCE)
+    leader.start()
+
+
+async def tell(clients: Clients) -> None:
+    """Print what the clients were told."""
+    while True:
+        await asyncio.sleep(5)
+        print(clients.summary(), flush=True)
+
+
+async def run(cluster: Cluster, *, proxied: bool) -> None:
+    """Serve the application, and let clients write, until Ctrl-C or SIGTERM."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for one in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(one, ended.set)
+    app = create_app(cluster.url("primary", proxied=proxied), cluster.url("replica", proxied=proxied))
+    async with serve(app) as address:
+        clients, tasks = Clients(address.url), list[asyncio.Task[None]]()
+
+        def start(work: Coroutine[None, None, None]) -> None:
+            tasks.append(asyncio.create_task(work))
+
+        loop.add_signal_handler(signal.SIGUSR1, lambda: start(kill_leader(cluster)))
+        control = patronictl(cluster.members[0])
+        print(GUIDE.format(url=address.url, patronictl=control, absence=ABSENCE), flush=True)
+        for work in (watch(cluster), tell(clients), *map(clients.write, range(WRITERS))):
+            start(work)
+        await ended.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        print(f"{clients.summary()}; lost: {await clients.lost()}", flush=True)
+
+
+def patronictl(member: Member) -> str:
+    """Return the command by which an administrator talks to the cluster."""
+    return f"{Path(sys.executable).with_name('patronictl')} -c {member.folder}/patroni.yml"
+
+
+def main() -> None:
+    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    parser = argparse.ArgumentParser(prog="make cluster", description=__doc__)
+    parser.add_argument("--haproxy", action="store_true", help="connect by HAProxy")
+    proxied: bool = parser.parse_args().haproxy
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt), patroni_cluster() as cluster:
+            PID_FILE.write_text(f"{os.getpid()}")
+            asyncio.run(run(cluster, proxied=proxied))
+    except ProgramMissingError as error:
+        sys.exit(f"{error}")
+    finally:
+        PID_FILE.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

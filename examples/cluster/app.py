@@ -1,0 +1,146 @@
+"""Notes on a cluster: they are written on the leader, read from a standby, and survive a failover.
+
+A client that is answered 503 asks again. A note has the client's key, so that a client may repeat a write of
+which it was told nothing.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated
+
+from asyncpg.exceptions import (  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+    TargetServerAttributeNotMatched,
+)
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Path, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from fastapi_async_sqlalchemy import (
+    EngineArgs,
+    UnitOfWork,
+    WalPosition,
+    create_middleware_and_session_proxy,
+)
+
+ENGINE_ARGS: EngineArgs = {
+    "pool_size": 10,
+    "max_overflow": 0,
+    "pool_timeout": 3.0,
+    "pool_pre_ping": True,
+    "connect_args": {"timeout": 3, "command_timeout": 10},
+}
+OUTAGES = {"57P01", "57P02", "57P03", "25006"}
+"""PostgreSQL shuts down, has crashed, does not accept connections yet, or has become a standby."""
+
+
+class PrimarySession(AsyncSession):
+    """A session that writes."""
+
+
+class ReplicaSession(AsyncSession):
+    """A session that reads, and cannot be given to a function that wants the other one."""
+
+
+PrimaryMiddleware, primary = create_middleware_and_session_proxy(PrimarySession)
+ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession, read_only=True)
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Note(Base):
+    """A note, under the key that its client has chosen."""
+
+    __tablename__ = "note"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+class Body(BaseModel):
+    """What a client puts, and gets."""
+
+    text: str
+
+
+Key = Annotated[str, Path(max_length=100)]
+Position = Annotated[str | None, Header(pattern=r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
+
+router = APIRouter()
+
+
+@router.put("/notes/{key}", status_code=201)
+async def write(key: Key, body: Body, response: Response) -> None:
+    """Store a note unless there is one under this key, and tell its position when it is committed."""
+    await primary.session.execute(insert(Note).values(key=key, text=body.text).on_conflict_do_nothing())
+    await primary.unit.commit()
+    response.headers["X-Position"] = await primary.commit_position()
+
+
+@router.get("/notes/{key}")
+async def read(key: Key, x_position: Position = None) -> Body:
+    """Return a note; with a position, one as old as that is found."""
+    async with reading(x_position) as unit:
+        note = await unit.session.get(Note, key)
+        if note is None:
+            raise HTTPException(404)
+        return Body(text=note.text)
+
+
+@router.get("/servers")
+async def servers() -> dict[str, str | None]:
+    """Tell which servers the two pairs have reached."""
+    where = select(func.concat(func.inet_server_addr(), ":", func.inet_server_port()))
+    return {"primary": await primary.session.scalar(where), "replica": await replica.session.scalar(where)}
+
+
+def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None]:
+    """Return a unit that only reads: on a standby, or on the leader where the standby is late."""
+    if position is None:
+        return replica()
+    return replica.after(WalPosition(position), timeout=0.5, fallback=primary)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an error says that the server is gone, is about to go, or leads no more."""
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError | TargetServerAttributeNotMatched)
+    state, cause = getattr(error.orig, "sqlstate", None), getattr(error.orig, "__cause__", None)
+    return (
+        error.connection_invalidated
+        or state in OUTAGES
+        or isinstance(cause, TargetServerAttributeNotMatched)  # all hosts are standbys
+    )
+
+
+async def unavailable(_: Request, error: Exception) -> Response:
+    """Answer 503 where a connection was lost or none is to be had: a failover takes a moment."""
+    if not is_outage(error):
+        raise error
+    return JSONResponse({"unavailable": type(error).__name__}, status_code=503, headers={"Retry-After": "1"})
+
+
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Make the table, and let the standbys have it, since some reads do not wait for them."""
+    await primary.create_all(Base.metadata)
+    async with replica.after(await primary.commit_position(), timeout=5, fallback=primary):
+        pass
+    yield
+
+
+def create_app(primary_url: str, replica_url: str, engine_args: EngineArgs = ENGINE_ARGS) -> FastAPI:
+    """Make the application for the URLs of the two roles."""
+    app = FastAPI(title="Cluster", lifespan=lifespan)
+    app.add_middleware(PrimaryMiddleware, db_url=primary_url, engine_args=engine_args)
+    app.add_middleware(ReplicaMiddleware, db_url=replica_url, engine_args=engine_args)
+    app.include_router(router)
+    for error in (DBAPIError, OSError, TargetServerAttributeNotMatched):  # the last one before SQLAlchemy 2.1
+        app.add_exception_handler(error, unavailable)
+    return app

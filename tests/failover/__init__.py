@@ -1,0 +1,1 @@
+"""Clusters whose leader or nodes are lost; `make test-cluster` runs these, `make test` does not."""
