@@ -128,7 +128,7 @@ Make COMMIT fail: there is no account zoe, so the response is a 409, and alice's
 Make a statement fail: carol has less money than that, and bob's balance is also unchanged.
   {post} '{{"sender": "carol", "receiver": "bob", "amount": 999}}' {url}/transfers
 
-Ctrl-C ends it and removes the database.
+Ctrl-C stops the program and removes the database.
 """
 POST = "curl -i -H 'Content-Type: application/json' -d"
 

@@ -31,7 +31,7 @@ Kill the primary, promote the standby, and write again.
   {psql} -p {standby} -c 'SELECT pg_promote()'
   {post} '{{"text": "third"}}' {url}/notes
 
-Ctrl-C ends it and removes the servers.
+Ctrl-C stops the program and removes the servers.
 """
 POST = "curl -i -H 'Content-Type: application/json' -d"
 
