@@ -33,7 +33,7 @@ ABSENCE = 30
 GUIDE = """
 Open  {url}/docs
 
-Clients write continuously. Their responses are printed every five seconds, and each new leader is printed too.
+Clients write continuously. Their responses are printed every five seconds, and so is each new leader.
 Kill the leader, Patroni and PostgreSQL:
   make cluster-kill
 Switch over to another leader:
