@@ -138,7 +138,7 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, InvalidRequestError, RuntimeE
     def __init__(self, database: str, opening: str | None = None) -> None:
         super().__init__(
             f"This unit of work of {database} has ended and serves one use only: "
-            f"open a new one with {opening or '`async with db():`'} in the task that goes on working."
+            f"open a new one with {opening or '`async with db.begin():`'} in the task that goes on working."
         )
 
 

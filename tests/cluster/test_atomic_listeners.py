@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from fastapi_async_sqlalchemy import atomic
+from fastapi_async_sqlalchemy import InDoubtError, atomic
 from tests.support.atomic import Group, open_group, urls_of
 from tests.support.databases import JudgeFor
 from tests.support.hooks import Log
@@ -47,3 +47,30 @@ async def test_listener_fails_after_a_commit(group: Group, place: int) -> None:
     assert await group.notes() == group.everywhere("all")
     assert await group.prepared() == 0
     assert log == ["committed"] * 2
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=" ".join)
+@pytest.mark.parametrize("place", [0, 1])
+async def test_listener_fails_before_a_commit(group: Group, place: int) -> None:
+    """What is prepared there is in doubt, and recovery commits it as the others are: none is half done."""
+    log = Log()
+
+    def boom(*_: Any) -> None:
+        raise LookupError("mine")  # noqa: EM101  # the message is the test's
+
+    async def work() -> None:
+        async with atomic(*group.proxies):
+            for side in group.sides:
+                log.both(side.db.unit)
+            await group.add("all")
+
+    engine = group.sides[place].engine.sync_engine
+    event.listen(engine, "commit_twophase", boom)
+    with pytest.raises(InDoubtError) as raised:
+        await work()
+    event.remove(engine, "commit_twophase", boom)
+    assert isinstance(raised.value.__cause__, LookupError)
+    await group.recover()
+    assert await group.notes() == group.everywhere("all")
+    assert await group.prepared() == 0
+    assert log == ["committed"] * len(raised.value.committed)

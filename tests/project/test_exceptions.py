@@ -64,7 +64,7 @@ CASES = (
         ("Primary", "in a WebSocket"),
         "`async with db():`",
     ),
-    Case(UnitClosedError("Primary"), RuntimeError, ("Primary",), "`async with db():`"),
+    Case(UnitClosedError("Primary"), RuntimeError, ("Primary",), "`async with db.begin():`"),
     Case(
         ConcurrentUseError("Primary", "task 'intruder' called flush()", "task 'holder' is at work"),
         RuntimeError,

@@ -16,10 +16,12 @@ from tests.support.databases import JudgeFor
 from tests.support.hooks import (
     COMMITS,
     Act,
+    BoomError,
     Log,
     Unit,
     begin_and_commit,
     begin_block,
+    boom,
     commit_session,
     commit_unit,
     die_in_commit,
@@ -32,10 +34,6 @@ from tests.support.tables import Note
 from tests.support.worker import open_worker
 
 
-class BoomError(Exception):
-    """A listener's mistake."""
-
-
 class Mine(Session):
     """A session class of the user's."""
 
@@ -44,12 +42,6 @@ class MyAsyncSession(AsyncSession):
     """A session class of the user's, which brings the synchronous one."""
 
     sync_session_class = Mine
-
-
-def boom(*_: object) -> None:
-    """Fail."""
-    message = "boom"
-    raise BoomError(message)
 
 
 def boom_at_the_end(_: Session, transaction: SessionTransaction) -> None:
@@ -235,6 +227,30 @@ async def test_swallowed_where_the_transaction_goes_on(
 
     await play(place, Stand(database_url, judge_for, log), leave_unflushed, name, listener=once)
     assert log == ["committed", "a"]
+
+
+@pytest.mark.parametrize("commit", COMMITS)
+async def test_before_the_engine_commits(worker: Site, log: Log, commit: Act) -> None:
+    """An engine's listener that fails before COMMIT is sent leaves a rollback, to the hooks as well."""
+
+    async def work() -> None:
+        async with worker.db(commit_on_exit=True) as unit:
+            log.both(unit)
+            with listening(worker.engine.sync_engine, "commit", boom):
+                await commit(unit)
+                await unit.commit()
+
+    with pytest.raises(BoomError, match="boom"):
+        await work()
+    assert log == ["rolled back"]
+    assert await worker.notes() == []
+    assert worker.checked_out() == 0
+    log.clear()
+    async with worker.db(commit_on_exit=True) as unit:
+        log.both(unit)
+        await write(unit, "later")
+    assert log == ["committed"]
+    assert await worker.notes() == ["later"]
 
 
 async def test_unit_goes_on_after_a_listener(worker: Site, log: Log) -> None:

@@ -23,7 +23,7 @@ from fastapi_async_sqlalchemy import (
     create_middleware_and_session_proxy,
 )
 from tests.support.databases import JudgeFor
-from tests.support.hooks import Log
+from tests.support.hooks import BoomError, Log, boom, listening
 from tests.support.site import MakeSite, Site, complaints
 from tests.support.tables import ORPHAN, Note, Reply, create_tables
 from tests.support.worker import open_worker
@@ -232,6 +232,33 @@ async def test_half_of_a_session(
         assert isinstance(error, PartialCommitError) == committed
         assert log == ([] if committed else ["rolled back"])
         assert complaints(caplog) == ([f"ERROR: {error}"] if committed else [])
+        await second.dispose()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+async def test_half_of_a_session_by_a_listener(
+    postgresql_url: str, judge_for: JudgeFor, caplog: pytest.LogCaptureFixture, failing: int
+) -> None:
+    """So it is where an engine's listener fails before its COMMIT, and the other engine's is done or not."""
+    log, second = Log(), create_async_engine(postgresql_url.replace("asyncpg", "psycopg"))
+    async with open_worker(postgresql_url, judge_for) as worker:
+        worker.db.unbind()
+        worker.db.bind(worker.engine, session_args={"binds": {Reply: second}})
+        error: BaseException | None = None
+        await worker.judge.execute("INSERT INTO note (id, text) VALUES (404, 'old')")
+        with listening([worker.engine, second][failing].sync_engine, "commit", boom):
+            try:
+                async with worker.db(commit_on_exit=True) as unit:
+                    log.both(unit)
+                    await leave_an_orphan(unit)
+            except (BoomError, PartialCommitError) as failed:
+                error = failed
+        stored = (
+            await worker.notes() != ["old"] or await worker.judge.scalar("SELECT count(*) FROM reply") == 1
+        )
+        assert type(error) is (PartialCommitError if stored else BoomError)
+        assert log == ([] if stored else ["rolled back"])
+        assert complaints(caplog) == ([f"ERROR: {error}"] if stored else [])
         await second.dispose()
 
 

@@ -20,6 +20,12 @@ class BoomError(Exception):
     """The error of a test's own."""
 
 
+def boom(*_: object) -> None:
+    """Fail."""
+    message = "boom"
+    raise BoomError(message)
+
+
 class Log(list[str]):
     """What hooks have run, in order."""
 
@@ -120,7 +126,9 @@ async def leave_unflushed(unit: Unit) -> None:
 
 
 @contextmanager
-def listening(target: Any, name: str, listener: Callable[..., None], *, first: bool) -> Generator[None]:
+def listening(
+    target: Any, name: str, listener: Callable[..., None], *, first: bool = False
+) -> Generator[None]:
     """Listen, and no longer afterwards: the process goes on."""
     event.listen(target, name, listener, insert=first)
     try:

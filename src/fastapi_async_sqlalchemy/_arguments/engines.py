@@ -124,7 +124,10 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
         message = f"{name}: {driver!r} is not asynchronous: {_DRIVERS}."
         raise ConfigurationError(message) from error
     except ModuleNotFoundError as error:
-        remedy = "install it, for example with one of this package's extras [postgresql], [sqlite], [mysql]"
+        remedy = (
+            "install it, for example with the extra of this package that brings it: "
+            "[postgresql], [psycopg], [sqlite], [mysql] or [asyncmy]"
+        )
         message = f"{name}: no driver of {driver!r} is installed: {remedy if '+' in driver else _DRIVERS}."
         raise ConfigurationError(message) from error
     except Exception as error:

@@ -21,7 +21,7 @@ from .restoring import note_flushed, note_unflushed
 from .state import task_name
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Transaction
     from sqlalchemy.orm import SessionTransaction
 
     from .ledger import Ledger
@@ -161,19 +161,35 @@ def _after_commit(session: StatefulSession) -> None:
         state.hooks.decide(committed=True)
 
 
+def _is_committed(connection: Connection, end: Transaction) -> bool:
+    """Whether a connection's COMMIT has succeeded.
+
+    SQLAlchemy deactivates the transaction in any case, but the connection keeps it if COMMIT has failed,
+    or if an engine's listener has failed before COMMIT was sent.
+    """
+    return not end.is_active and end not in {
+        connection.get_transaction(),
+        connection.get_nested_transaction(),
+    }
+
+
 def note_committed(session: StatefulSession) -> None:
     """Record what was committed before COMMIT failed on a later connection of the same session."""
     ledger, transaction = session._fastapi_async_sqlalchemy.ledger, session.get_transaction()
     if transaction is not None and len(ledger.written_on) > 1:
         ends = {connection: end for connection, end, *_ in transaction._connections.values()}
         ledger.committed_on = tuple(
-            one for one in ledger.written_on if one in ends and not ends[one].is_active
+            one for one in ledger.written_on if one in ends and _is_committed(one, ends[one])
         )
 
 
 def refuse_half(session: StatefulSession, error: BaseException) -> None:
     """Raise ``PartialCommitError`` if only some of a session's connections were committed."""
     state = session._fastapi_async_sqlalchemy
+    if state.committing:  # the database has not refused: a listener has failed
+        note_committed(session)
+        if len(state.ledger.committed_on) == len(state.ledger.written_on):
+            state.ledger.committed_on = ()
     done = state.ledger.committed_on
     if done:
         state.committed_writes = True
@@ -196,8 +212,8 @@ def end_interrupted(session: StatefulSession) -> None:
             _end_root(session, state)
         return
     if state.committing:  # our listener was not reached, and the database did not refuse
-        ends = [end.is_active for _, end, *_ in transaction._connections.values()]
-        if ends and not any(ends):
+        ends = [_is_committed(connection, end) for connection, end, *_ in transaction._connections.values()]
+        if ends and all(ends):
             _after_commit(session)
     if state.committed:
         transaction.close()

@@ -297,7 +297,8 @@ def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
         return False
     logger.warning(
         "%s: %d statements and %d unflushed objects are rolled back at the end of their unit of work, "
-        "because nothing committed them: give commit_on_exit=True, or call `await db.session.commit()`.",
+        "because nothing committed them: give the middleware commit_on_exit=True, open a block with "
+        "`db.begin()`, or call `await db.session.commit()`.",
         unit._database.name,
         statements,
         objects,
