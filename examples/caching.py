@@ -1,4 +1,4 @@
-"""Prices that are read through a cache, which never holds what was not committed."""
+"""Prices that are read through a cache, which never stores uncommitted values."""
 
 import logging
 from collections.abc import Awaitable
@@ -16,27 +16,27 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
 
 KEEP = 30.0
-"""How many seconds a cached value is served at most; also when an invalidation was lost."""
+"""The maximum age of a cached value in seconds, even if an invalidation was lost."""
 
 CacheMiddleware, db = create_middleware_and_session_proxy()
 logger = logging.getLogger(__name__)
 
 
 class Cache(Protocol):
-    """A cache whose values have versions: an older one never replaces a newer one."""
+    """A cache of versioned values; an older version never replaces a newer one."""
 
     async def get(self, key: str) -> str | None:
         """Return the cached value."""
         ...
 
     async def put(self, key: str, version: int, value: str) -> None:
-        """Keep a value, unless there is a newer one."""
+        """Store a value, unless there is a newer one."""
         ...
 
 
 @define
 class MemoryCache:
-    """The cache of one process."""
+    """A cache in one process."""
 
     _values: dict[str, tuple[int, str, float]] = field(factory=dict[str, tuple[int, str, float]])
 
@@ -46,7 +46,7 @@ class MemoryCache:
         return value if monotonic() < until else None
 
     async def put(self, key: str, version: int, value: str) -> None:
-        """Keep a value, unless there is a newer one."""
+        """Store a value, unless there is a newer one."""
         known, _, until = self._values.get(key, (0, "", 0.0))
         if version >= known or monotonic() >= until:
             self._values[key] = (version, value, monotonic() + KEEP)
@@ -62,7 +62,7 @@ end
 
 @define
 class RedisCache:
-    """The cache of all processes; while it cannot be reached, the database answers."""
+    """A cache for all processes; if it cannot be reached, prices come from the database."""
 
     _redis: Redis
 
@@ -75,7 +75,7 @@ class RedisCache:
             return None
 
     async def put(self, key: str, version: int, value: str) -> None:
-        """Keep a value, unless there is a newer one: Redis runs the script without interruption."""
+        """Store a value, unless there is a newer one; Redis runs the script atomically."""
         milliseconds = int(KEEP * 1000)
         await cast("Awaitable[object]", self._redis.eval(PUT, 1, key, f"{version}", value, f"{milliseconds}"))
 
@@ -96,7 +96,7 @@ class Product(Base):
 
 
 class Price(BaseModel):
-    """What a client reads, and what is cached."""
+    """A price as it is returned to clients and cached."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -106,12 +106,12 @@ class Price(BaseModel):
 
 @define
 class Prices:
-    """The prices, behind a cache."""
+    """The prices, read through a cache."""
 
     cache: Cache
 
     async def read(self, number: int) -> Price:
-        """Return a price from the cache, or else from the database."""
+        """Return a price from the cache, or from the database if it is not cached."""
         cached = await self.cache.get(f"price:{number}")
         if cached is not None:
             return Price.model_validate_json(cached)
@@ -122,7 +122,7 @@ class Prices:
         return Price.model_validate(product)
 
     async def write(self, number: int, cents: int) -> Price:
-        """Change a price; until COMMIT its readers have the old one."""
+        """Change a price; readers see the old one until COMMIT."""
         product = await db.session.get(Product, number, with_for_update=True)
         if product is None:
             raise HTTPException(404)
@@ -131,13 +131,13 @@ class Prices:
         return Price.model_validate(product)
 
     async def remember(self, product: Product) -> None:
-        """Cache what is committed now."""
+        """Cache the committed price."""
         price = Price.model_validate(product)
         await self.cache.put(f"price:{product.id}", product.version, price.model_dump_json())
 
 
 def create_app(url: str, cache: Cache) -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     prices, router = Prices(cache), APIRouter()
     router.add_api_route("/prices/{number}", prices.read)
     router.add_api_route("/prices/{number}", prices.write, methods=["PUT"])

@@ -1,4 +1,4 @@
-"""Pages by fastapi-pagination: `uvicorn --factory examples.pagination:create_app` serves them."""
+"""Pagination with fastapi-pagination; `uvicorn --factory examples.pagination:create_app` serves it."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi_pagination import Page, add_pagination
 from fastapi_pagination.ext.sqlalchemy import (
-    apaginate,  # pyright: ignore[reportUnknownVariableType]  # its queries are of no type
+    apaginate,  # pyright: ignore[reportUnknownVariableType]  # its queries have no type
 )
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
@@ -20,7 +20,7 @@ class Base(DeclarativeBase):
 
 
 class Task(Base):
-    """Something to do."""
+    """A task."""
 
     __tablename__ = "task"
 
@@ -29,7 +29,7 @@ class Task(Base):
 
 
 class ReadTask(BaseModel):
-    """What a client reads."""
+    """The body of a response."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -39,7 +39,7 @@ class ReadTask(BaseModel):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table, with thirty tasks in it."""
+    """Create the table with thirty tasks."""
     await db.create_all(Base.metadata)
     async with db.begin() as unit:
         if await unit.session.get(Task, 1) is None:
@@ -48,13 +48,13 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def create_app(url: str = "sqlite+aiosqlite:///tasks.db") -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=url)
 
     @app.get("/tasks")
     async def tasks() -> Page[ReadTask]:
-        """Return a page and the number of all tasks: two statements of the request's transaction."""
+        """Return a page and the total number of tasks: two statements in the request's transaction."""
         page: Page[ReadTask] = await apaginate(db.session, select(Task).order_by(Task.priority, Task.id))
         return page
 

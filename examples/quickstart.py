@@ -1,7 +1,7 @@
 """A bank in one file: `python examples/quickstart.py` serves it on a temporary SQLite file.
 
 It needs this package with its extra [sqlite], and uvicorn. Every request is one transaction: a status
-below 400 commits it before the client hears of it, anything else rolls it back.
+below 400 commits it before the client receives the response; anything else rolls it back.
 """
 
 import os
@@ -29,7 +29,7 @@ class Base(DeclarativeBase):
 
 
 class Account(Base):
-    """An account is never overdrawn: its constraint refuses the UPDATE."""
+    """An account; its constraint refuses an UPDATE that would overdraw it."""
 
     __tablename__ = "account"
     __table_args__ = (CheckConstraint("balance >= 0", name="never_overdrawn"),)
@@ -39,7 +39,7 @@ class Account(Base):
 
 
 class Transfer(Base):
-    """Both names must be accounts, and the database looks at that when it commits, not earlier."""
+    """A transfer; the database checks only at COMMIT that both accounts exist."""
 
     __tablename__ = "transfer"
 
@@ -50,7 +50,7 @@ class Transfer(Base):
 
 
 class NewTransfer(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     sender: str
     receiver: str
@@ -58,7 +58,7 @@ class NewTransfer(BaseModel):
 
 
 class Balance(BaseModel):
-    """What a client reads."""
+    """The body of a response."""
 
     name: str
     balance: int
@@ -66,7 +66,7 @@ class Balance(BaseModel):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the tables, and three accounts the first time; outside a request you open a unit explicitly."""
+    """Create the tables, and three accounts the first time; outside a request, open a unit explicitly."""
     if db.engine.dialect.name == "sqlite":
         event.listen(db.engine.sync_engine, "connect", check_foreign_keys)
     await db.create_all(Base.metadata)
@@ -77,7 +77,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def check_foreign_keys(connection: Any, _: object) -> None:
-    """SQLite checks foreign keys only on connections that ask for it."""
+    """Turn on foreign keys, which SQLite checks only on connections that request it."""
     connection.cursor().execute("PRAGMA foreign_keys = ON")
 
 
@@ -92,9 +92,9 @@ async def read_accounts() -> Sequence[Account]:
 
 @router.post("/transfers", status_code=201)
 async def send_money(order: NewTransfer) -> int:
-    """Move money and return the transfer's number; there is no commit() here, the response commits."""
+    """Move money and return the transfer's number; the response commits, so there is no commit() here."""
     changes = [(order.sender, -order.amount), (order.receiver, order.amount)]
-    for name, change in sorted(changes):  # always in one order, so that two transfers cannot deadlock
+    for name, change in sorted(changes):  # a fixed order prevents deadlocks between transfers
         moved = update(Account).where(Account.name == name).values(balance=Account.balance + change)
         await db.session.scalar(moved.returning(Account.balance))
     transfer = Transfer(sender=order.sender, receiver=order.receiver, amount=order.amount)
@@ -104,12 +104,12 @@ async def send_money(order: NewTransfer) -> int:
 
 
 async def refuse(_: Request, error: Exception) -> JSONResponse:
-    """Answer 409 where a constraint says no, be it at a statement or at COMMIT."""
+    """Answer 409 if a constraint is violated, at a statement or at COMMIT."""
     return JSONResponse({"refused": str(getattr(error, "orig", error))}, status_code=409)
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Quickstart", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, commit_on_exit=True)
     app.include_router(router)
@@ -122,20 +122,20 @@ Open  {url}{page}
 
 Read the balances:
   curl {url}/accounts
-Write, and read again: the money has moved.
+Transfer money, then read the balances again.
   {post} '{{"sender": "alice", "receiver": "bob", "amount": 30}}' {url}/transfers
-Let COMMIT fail: there is no zoe, so a 409 comes back, and nothing has left alice's account.
+Make COMMIT fail: there is no account zoe, so the response is a 409, and alice's balance is unchanged.
   {post} '{{"sender": "alice", "receiver": "zoe", "amount": 30}}' {url}/transfers
-Let a statement fail: carol has less than that, and bob got nothing either.
+Make a statement fail: carol has less money than that, and bob's balance is also unchanged.
   {post} '{{"sender": "carol", "receiver": "bob", "amount": 999}}' {url}/transfers
 
-Ctrl-C ends it and removes the database.
+Ctrl-C stops the program and removes the database.
 """
 POST = "curl -i -H 'Content-Type: application/json' -d"
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of this machine, or on a free one if that is taken."""
+    """Listen on a local port, or on a free one if that port is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:

@@ -1,4 +1,4 @@
-"""Tickets of teams, with SQLModel's models and its typed session: `python examples/sqlmodel_app.py`.
+"""Teams and their tickets, with SQLModel's models and typed session: `python examples/sqlmodel_app.py`.
 
 It needs this package with its extra [sqlite], sqlmodel and uvicorn. DATABASE_URL names another database.
 """
@@ -17,17 +17,17 @@ from sqlmodel.ext.asyncio.session import AsyncSession
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
 
 TicketsMiddleware, tickets_db = create_middleware_and_session_proxy(AsyncSession)
-"""The pair's sessions are SQLModel's, and type checkers know it: `exec()` returns what `select()` names."""
+"""The pair's sessions have SQLModel's type, so `exec()` returns the type that `select()` names."""
 
 
 class TeamBase(SQLModel):
-    """What clients send of a team."""
+    """The fields of a team that clients send."""
 
     name: str = Field(min_length=1, max_length=50, unique=True)
 
 
 class Team(TeamBase, table=True):
-    """A team; its tickets come with it, because a lazy load is not possible under asyncio."""
+    """A team; its tickets are loaded with it, because lazy loading is not possible under asyncio."""
 
     id: int | None = Field(default=None, primary_key=True)
     tickets: list["Ticket"] = Relationship(
@@ -36,7 +36,7 @@ class Team(TeamBase, table=True):
 
 
 class TicketBase(SQLModel):
-    """What clients send of a ticket."""
+    """The fields of a ticket that clients send."""
 
     title: str = Field(min_length=1, max_length=200)
 
@@ -50,14 +50,14 @@ class Ticket(TicketBase, table=True):
 
 
 class ReadTicket(TicketBase):
-    """What clients read of a ticket."""
+    """The fields of a ticket that clients receive."""
 
     id: int
     done: bool
 
 
 class ReadTeam(TeamBase):
-    """What clients read of a team."""
+    """The fields of a team that clients receive."""
 
     id: int
     tickets: list[ReadTicket]
@@ -68,7 +68,7 @@ router = APIRouter()
 
 @router.post("/teams", status_code=201, response_model=ReadTeam)
 async def found(new: TeamBase) -> Team:
-    """Add a team; the response commits it."""
+    """Add a team, which is committed when the response starts."""
     team = Team(name=new.name)
     tickets_db.session.add(team)
     await tickets_db.session.flush()
@@ -77,7 +77,7 @@ async def found(new: TeamBase) -> Team:
 
 
 async def find_team(name: str) -> Team:
-    """Return the team of a path, or answer 404."""
+    """Return the team in the path, or answer 404."""
     team = (await tickets_db.session.exec(select(Team).where(Team.name == name))).one_or_none()
     if team is None:
         raise HTTPException(404, "no such team")
@@ -109,7 +109,7 @@ async def list_tickets(*, done: bool = False) -> Sequence[Ticket]:
 
 @router.post("/tickets/{number}/done", response_model=ReadTicket)
 async def finish(number: int) -> Ticket:
-    """Finish a ticket; a second time is a 409, and a response of 400 or above rolls back."""
+    """Finish a ticket, or answer 409 if it is done; a response of 400 or above rolls back."""
     ticket = await tickets_db.session.get(Ticket, number, with_for_update=True)
     if ticket is None:
         raise HTTPException(404, "no such ticket")
@@ -120,19 +120,19 @@ async def finish(number: int) -> Ticket:
 
 
 async def refuse(_: Request, error: Exception) -> JSONResponse:
-    """Answer 409 where a constraint says no, be it at a statement or at COMMIT."""
+    """Answer 409 if a constraint is violated, at a statement or at COMMIT."""
     return JSONResponse({"detail": str(getattr(error, "orig", error))}, status_code=409)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the tables that are not there yet; a deployed application leaves that to its migrations."""
+    """Create missing tables; in production, migrations do this."""
     await tickets_db.create_all(SQLModel.metadata)
     yield
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Tickets", lifespan=lifespan)
     app.add_middleware(TicketsMiddleware, db_url=db_url, commit_on_exit=True)
     app.include_router(router)

@@ -23,7 +23,7 @@ from fastapi_async_sqlalchemy import EngineArgs, SQLAlchemyMiddleware, db
 
 ROWS_AT_A_TIME = 1000
 KEEP_ALIVE = 15.0
-"""Seconds after which a quiet stream sends a comment, and looks for what other processes have written."""
+"""Seconds until an idle stream sends a comment and checks for other processes' writes."""
 
 
 class Base(DeclarativeBase):
@@ -31,7 +31,7 @@ class Base(DeclarativeBase):
 
 
 class Reading(Base):
-    """A temperature somewhere."""
+    """A temperature at a place."""
 
     __tablename__ = "reading"
 
@@ -41,7 +41,7 @@ class Reading(Base):
 
 
 class NewReading(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     place: str
     celsius: int
@@ -54,13 +54,13 @@ class Bell:
         self._streams: set[asyncio.Event] = set()
 
     def ring(self) -> None:
-        """Wake all that listen."""
+        """Wake all listeners."""
         for stream in self._streams:
             stream.set()
 
     @contextmanager
     def listening(self) -> Generator[asyncio.Event]:
-        """Yield what a ring sets."""
+        """Yield an event that is set by each ring."""
         rung = asyncio.Event()
         self._streams.add(rung)
         try:
@@ -91,7 +91,7 @@ async def export() -> StreamingResponse:
 
 
 async def csv_lines() -> AsyncIterator[str]:
-    """Yield some rows at a time; no more of them than that are in memory."""
+    """Yield the rows in parts, so that only one part is in memory."""
     rows = select(Reading.id, Reading.place, Reading.celsius).order_by(Reading.id)
     found = await db.session.stream(rows.execution_options(yield_per=ROWS_AT_A_TIME))
     buffer = StringIO()
@@ -102,21 +102,21 @@ async def csv_lines() -> AsyncIterator[str]:
         yield buffer.getvalue()
         buffer.seek(0)
         buffer.truncate()
-    yield buffer.getvalue()  # the names of the columns, where there is no row
+    yield buffer.getvalue()  # only the names of the columns, if there are no rows
 
 
 @router.get("/events")
 async def events() -> StreamingResponse:
-    """Send the newest reading as an event, now and whenever there is another one."""
+    """Send the newest reading as an event, now and whenever it changes."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(newest(), media_type="text/event-stream", headers=headers)
 
 
 async def newest() -> AsyncIterator[str]:
-    """Look, send and wait; a connection is held for each look, and not between.
+    """Query, send and wait; a connection is held only during the query.
 
-    This sends a state and not a log: ids are given out in another order than that of the COMMITs, so that
-    "all rows with a higher id" would miss some.
+    This sends a state and not a log: ids are not assigned in the order of COMMITs, so "all rows with a
+    higher id" would miss some.
     """
     sent: int | None = None
     query = select(Reading).order_by(Reading.id.desc()).limit(1)
@@ -130,14 +130,14 @@ async def newest() -> AsyncIterator[str]:
                 data = json.dumps({"place": reading.place, "celsius": reading.celsius})
                 yield f"id: {reading.id}\ndata: {data}\n\n"
             else:
-                yield ":\n\n"  # a comment: where the client has left, the server notices
+                yield ":\n\n"  # a comment, so that the server notices if the client has left
             with suppress(TimeoutError):
                 await asyncio.wait_for(rung.wait(), KEEP_ALIVE)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table that is not there yet; a deployed application leaves that to its migrations."""
+    """Create the table if it is missing; in production, migrations do this."""
     if db.engine.dialect.name == "sqlite":
         event.listen(db.engine.sync_engine, "connect", let_readers_pass)
     await db.create_all(Base.metadata)
@@ -145,12 +145,12 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def let_readers_pass(connection: Any, _: object) -> None:
-    """Have SQLite keep a log, so that a long export does not hold up those who write."""
+    """Put SQLite in WAL mode, so that a long export does not block writers."""
     connection.cursor().execute("PRAGMA journal_mode = WAL")
 
 
 def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Readings", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, engine_args=engine_args, commit_on_exit=True)
     app.include_router(router)
@@ -159,4 +159,4 @@ def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
 
 if __name__ == "__main__":
     served = create_app(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///readings.db"))
-    uvicorn.run(served, timeout_graceful_shutdown=3)  # a stream of events ends by that alone
+    uvicorn.run(served, timeout_graceful_shutdown=3)  # nothing else ends a stream of events

@@ -1,8 +1,8 @@
-"""What a CSV of many rows costs: `python -m examples.streaming_memory 1000000` measures it.
+"""The memory that a long CSV export needs; `python -m examples.streaming_memory 1000000` measures it.
 
-It serves examples/streaming.py by uvicorn, on an SQLite file and on PostgreSQL, and reads the CSV to its end.
-It prints by how much the process grew, which is server, client and SQLite; and by how much, if it holds all
-rows at once. It needs the development requirements.
+It serves examples/streaming.py with uvicorn, on an SQLite file and on PostgreSQL, and reads the whole CSV.
+It prints how much the process grew, with server, client and SQLite together, and how much it grows if all
+rows are loaded at the same time. It needs the development requirements.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.support.serving import serve
 
 
 async def fill(count: int, place: str = "attic") -> None:
-    """Let the database itself make so many readings."""
+    """Generate this many readings in the database."""
     numbers = select(literal(1).label("n")).cte(recursive=True)
     numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < count))
     made = select(literal(place), numbers.c.n % 40)
@@ -34,13 +34,13 @@ async def fill(count: int, place: str = "attic") -> None:
 
 
 def resident() -> int:
-    """Return the bytes of memory of this process."""
+    """Return this process's memory in bytes."""
     rss: int = psutil.Process().memory_info().rss
     return rss
 
 
 async def measure(name: str, url: str, count: int) -> None:
-    """Print what it takes to send the rows, and what it takes to hold all of them."""
+    """Print the memory for streaming the rows, and for loading all of them."""
     async with serve(create_app(url)) as address, AsyncClient(timeout=None) as client:
         await fill(count)
         await client.get(f"{address.url}/docs")  # what is imported and made once
@@ -60,11 +60,11 @@ async def measure(name: str, url: str, count: int) -> None:
 
 
 def main() -> None:
-    """Measure on both."""
+    """Measure both databases."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.streaming_memory", description="Measure what a CSV costs."
+        prog="python -m examples.streaming_memory", description="Measure the memory of a CSV export."
     )
-    parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="how many (1000000)")
+    parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="the number of rows (1000000)")
     count = parser.parse_args().rows
     with TemporaryDirectory() as folder:
         asyncio.run(measure("SQLite", f"sqlite+aiosqlite:///{Path(folder, 'readings.db')}", count))

@@ -1,4 +1,4 @@
-"""A chat: each message is a unit of work, and is told to the room once it is committed.
+"""A chat: each message is a unit of work, and is sent to the room once it is committed.
 
 `python examples/websocket.py` serves it on an SQLite file; it needs this package with its extra [sqlite],
 uvicorn and websockets. DATABASE_URL names another database. In two terminals:
@@ -6,7 +6,7 @@ uvicorn and websockets. DATABASE_URL names another database. In two terminals:
     python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=ann'
     python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=bob'
 
-The rooms are those of one process. Several processes have to tell each other, for example by Redis.
+The rooms belong to one process. Several processes need a channel between them, such as Redis.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from fastapi_async_sqlalchemy import EngineArgs, PoolTimeoutError, SQLAlchemyMiddleware, db
 
 BACKLOG = 20
-"""How many earlier messages a newcomer gets, and how many a slow client may be behind."""
+"""How many earlier messages a new member gets, and how many a slow client may lag behind."""
 
 
 class Base(DeclarativeBase):
@@ -34,7 +34,7 @@ class Base(DeclarativeBase):
 
 
 class Message(Base):
-    """What somebody said; the database refuses what is empty or too long."""
+    """A message; the database refuses an empty or too long text."""
 
     __tablename__ = "message"
     __table_args__ = (CheckConstraint("length(text) BETWEEN 1 AND 200", name="some_words"),)
@@ -48,19 +48,19 @@ class Message(Base):
         return f"{self.name}: {self.text}"
 
 
-class Slow(Exception):  # noqa: N818  # it ends a conversation and is nobody's mistake
-    """A client does not read what it is sent."""
+class Slow(Exception):  # noqa: N818  # it ends a conversation and is not an error
+    """A client does not read its messages fast enough."""
 
 
 class Rooms:
-    """Who is in which room of this process."""
+    """The members of each room in this process."""
 
     def __init__(self) -> None:
         self._members: defaultdict[str, set[asyncio.Queue[Message | None]]] = defaultdict(set)
 
     @contextmanager
     def join(self, room: str) -> Generator[asyncio.Queue[Message | None]]:
-        """Be in a room; what is said there comes to the queue, and None once it has overflowed."""
+        """Join a room; the queue receives its messages, and None if the queue has overflowed."""
         inbox = asyncio.Queue[Message | None](BACKLOG + 1)
         self._members[room].add(inbox)
         try:
@@ -69,7 +69,7 @@ class Rooms:
             self._leave(room, inbox)
 
     def tell(self, message: Message) -> None:
-        """Tell all that are in the room; those that are too far behind have to leave it."""
+        """Send a message to all members of its room; remove members that are too far behind."""
         for inbox in [*self._members[message.room]]:
             if inbox.qsize() < BACKLOG:
                 inbox.put_nowait(message)
@@ -95,7 +95,7 @@ async def read_earlier(room: str) -> list[Message]:
 
 
 async def say(room: str, name: str, text: str) -> None:
-    """Store a message, and tell the room when it is committed."""
+    """Store a message, and send it to the room after COMMIT."""
     async with db.begin() as unit:
         message = Message(room=room, name=name, text=text)
         unit.session.add(message)
@@ -103,7 +103,7 @@ async def say(room: str, name: str, text: str) -> None:
 
 
 async def listen(websocket: WebSocket, room: str, name: str) -> None:
-    """Store what a client says; a message that fails is answered, and the next one is welcome."""
+    """Store a client's messages; answer a message that fails, and continue with the next one."""
     async for text in websocket.iter_text():
         try:
             await say(room, name, text)
@@ -114,7 +114,7 @@ async def listen(websocket: WebSocket, room: str, name: str) -> None:
 
 
 async def forward(websocket: WebSocket, room: str, inbox: asyncio.Queue[Message | None]) -> None:
-    """Send what was said before, and then what comes to the inbox; nothing of it twice."""
+    """Send the earlier messages, and then those from the inbox, each only once."""
     earlier = await read_earlier(room)
     for message in earlier:
         await websocket.send_text(str(message))
@@ -127,9 +127,9 @@ async def forward(websocket: WebSocket, room: str, inbox: asyncio.Queue[Message 
 
 @router.websocket("/rooms/{room}")
 async def chat(websocket: WebSocket, room: str, name: Annotated[str, Query(max_length=50)]) -> None:
-    """Be in a room until one side ends it; nothing is held while nobody says anything."""
+    """Take part in a room until one side leaves; hold no connection while the room is quiet."""
     await websocket.accept()
-    with rooms.join(room) as inbox:  # before the look at what was said: so nothing is missed
+    with rooms.join(room) as inbox:  # before the earlier messages are read, so that none is missed
         try:
             async with asyncio.TaskGroup() as tasks:
                 forwarding = tasks.create_task(forward(websocket, room, inbox))
@@ -143,13 +143,13 @@ async def chat(websocket: WebSocket, room: str, name: Annotated[str, Query(max_l
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table that is not there yet; a deployed application leaves that to its migrations."""
+    """Create the table if it is missing; in production, migrations do this."""
     await db.create_all(Base.metadata)
     yield
 
 
 def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(title="Chat", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, engine_args=engine_args)
     app.include_router(router)

@@ -96,7 +96,7 @@ CONTENDERS: dict[str, Contender] = {
         ("context-async-sqlalchemy==2.1.9",),
     ),
     "context-asgi": Contender(
-        "the same, its ASGI middleware",
+        "the same with its ASGI middleware",
         "context-async-sqlalchemy",
         lambda: adapters.context(pure_asgi=True),
         _OF_CONTEXT,

@@ -54,7 +54,7 @@ async def failing_commit(ground: Ground) -> str:
         session.add(Reply(**ORPHAN))
 
     answer = await ask(ground.app)
-    words = {201: "201, for a row that is not there", 409: "409, by the handler", 500: "500"}
+    words = {201: "201 for a row that was not stored", 409: "409, from the handler", 500: "500"}
     return words[answer.status or 500]
 
 
@@ -164,7 +164,7 @@ async def pair(ground: Ground) -> str:
         await asyncio.gather(*tasks, return_exceptions=True)
     assert await ground.notes() == []
     kind = type(answer.error)  # which one of SQLAlchemy's it is, changes from run to run
-    errors = ["an error of SQLAlchemy's" if kind.__module__ == "sqlalchemy.exc" else kind.__name__]
+    errors = ["a SQLAlchemy error" if kind.__module__ == "sqlalchemy.exc" else kind.__name__]
     errors += ["an ERROR of the pool"] if any("pool" in record.name for record in records) else []
     errors += ["a connection out"] if ground.out() else []
     return ", ".join(errors)
@@ -216,7 +216,7 @@ async def cancelled(ground: Ground) -> str:
             await request
         left = ground.out()
     outcome = await _outcome(ground, "written")
-    return outcome + (", connection still out" if left else ", connection back")
+    return outcome + (", connection still out" if left else ", connection returned")
 
 
 async def slow_client(ground: Ground) -> str:
@@ -275,15 +275,15 @@ SCENARIOS: dict[str, tuple[str, Scenario]] = {
     "order": ("COMMIT comes", order),
     "failing_commit": ("COMMIT fails: the client gets", failing_commit),
     "raised_404": ("`HTTPException(404)` after a write", raised_404),
-    "returned_404": ("a 404 that is returned after a write", returned_404),
+    "returned_404": ("a 404 returned after a write", returned_404),
     "redirect": ("a redirect after a write", redirect),
-    "background": ("a background task writes by the request's session", background),
-    "stream": ("a stream's body writes by the request's session", stream),
+    "background": ("a background task writes with the request's session", background),
+    "stream": ("a stream's body writes with the request's session", stream),
     "late_task": ("a task writes after its request has ended", late_task),
-    "pair": ("two tasks write by one session at a time", pair),
+    "pair": ("two tasks write with one session at the same time", pair),
     "cancelled": ("the request is cancelled in a statement", cancelled),
-    "slow_client": ("the connection, while the body is sent", slow_client),
-    "forgotten": ("what is logged where nothing commits a write", forgotten),
+    "slow_client": ("the connection while the body is sent", slow_client),
+    "forgotten": ("logged if nothing commits a write", forgotten),
     "outside": ("a block outside requests", outside),
     "deep": ("the session without a parameter", deep),
 }

@@ -1,1 +1,1 @@
-"""A shop whose products are edited by an admin interface: sqladmin's, and starlette-admin's."""
+"""A shop whose products are edited in an admin interface: sqladmin or starlette-admin."""

@@ -1,4 +1,4 @@
-"""The shop with sqladmin, which shares the application's engine and makes plain sessions."""
+"""The shop with sqladmin, which shares the application's engine and creates plain sessions."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -18,12 +18,12 @@ class ProductAdmin(ModelView, model=Product):
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     engine = create_async_engine(db_url)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        """Make the table of the example, and dispose the engine, which the middleware does not."""
+        """Create the table of the example; dispose the engine, which the middleware does not do."""
         await db.create_all(Base.metadata)
         yield
         await engine.dispose()

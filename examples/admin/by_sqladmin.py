@@ -1,4 +1,4 @@
-"""The shop with sqladmin, each of whose sessions is that of a unit."""
+"""The shop with sqladmin, whose sessions all belong to units."""
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,13 +15,13 @@ from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
 @asynccontextmanager
 async def unit_session() -> AsyncGenerator[AsyncSession]:
-    """Open a unit and give its session, which sqladmin commits."""
+    """Open a unit and yield its session, which sqladmin commits."""
     async with db() as unit:
         yield unit.session
 
 
 class UnitSessions(async_sessionmaker[AsyncSession]):
-    """Opens a unit where sqladmin asks for a session."""
+    """Opens a unit when sqladmin needs a session."""
 
     def __call__(self, **_: Any) -> AbstractAsyncContextManager[AsyncSession]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # it is for `async with` alone
         """Return the session for `async with`."""
@@ -46,13 +46,13 @@ class ProductAdmin(ModelView, model=Product):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table of the example."""
+    """Create the table of the example."""
     await db.create_all(Base.metadata)
     yield
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, commit_on_exit=True)
     admin = Admin(app, session_maker=UnitSessions())

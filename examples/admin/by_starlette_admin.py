@@ -18,7 +18,7 @@ from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
 
 class RequestUnit:
-    """Gives starlette-admin the session of the request's unit, in place of its middleware."""
+    """Gives starlette-admin the session of the request's unit; replaces its own middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -33,7 +33,7 @@ class RequestUnit:
 
 
 class UnitAdmin(Admin):
-    """An admin that makes no sessions."""
+    """An admin that creates no sessions."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(async_sessionmaker(), **options)
@@ -57,13 +57,13 @@ class ProductView(ModelView):
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table of the example."""
+    """Create the table of the example."""
     await db.create_all(Base.metadata)
     yield
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, commit_on_exit=True)
     admin = UnitAdmin(secret_key=os.environ.get("SECRET_KEY"))

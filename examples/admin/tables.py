@@ -1,4 +1,4 @@
-"""The table of the shop, and what is told of its changes."""
+"""The table of the shop, and the announcements of its changes."""
 
 import logging
 
@@ -24,5 +24,5 @@ class Product(Base):
 
 
 def announce(name: str) -> None:
-    """Tell others of a change; a hook calls it after COMMIT."""
+    """Announce a change; a hook calls this after COMMIT."""
     logger.info("%s has changed", name)

@@ -1,1 +1,1 @@
-"""A shop whose two databases Alembic migrates."""
+"""A shop with two databases that are migrated by Alembic."""

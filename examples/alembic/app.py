@@ -1,4 +1,4 @@
-"""A shop and its audit in two databases, which are migrated when the application starts."""
+"""A shop with a separate audit database; both are migrated when the application starts."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,7 +19,7 @@ AuditMiddleware, audit = create_middleware_and_session_proxy()
 
 
 def upgrade(connection: Connection, database: str) -> None:
-    """Bring a database to its newest revision, on a connection whose owner commits."""
+    """Upgrade a database to its newest revision, on a connection that the caller commits."""
     config = Config(ALEMBIC_INI, ini_section=database)
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
@@ -35,7 +35,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 async def add_product(name: str) -> int:
-    """Add a product, and say so in the audit."""
+    """Add a product and an audit entry."""
     product = Product(name=name, stock=0)
     shop.session.add(product)
     audit.session.add(Entry(text=f"added {name}"))
@@ -44,7 +44,7 @@ async def add_product(name: str) -> int:
 
 
 def create_app(shop_url: str, audit_url: str) -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(ShopMiddleware, db_url=shop_url, commit_on_exit=True)
     app.add_middleware(AuditMiddleware, db_url=audit_url, commit_on_exit=True)

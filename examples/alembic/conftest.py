@@ -14,7 +14,7 @@ from fastapi_async_sqlalchemy import SessionProxy
 
 @pytest.fixture(scope="session")
 def sandbox_template() -> str:
-    """The shop's database with its tables; each process of pytest-xdist copies it."""
+    """The shop's database with its tables; each pytest-xdist process copies it."""
     for database in ("shop", "audit"):
         command.upgrade(Config(ALEMBIC_INI, ini_section=database), "head")
     return os.environ["SHOP_URL"]
@@ -28,5 +28,5 @@ def sandbox_app(sandbox_url: str) -> FastAPI:
 
 @pytest.fixture
 def sandbox_databases() -> tuple[SessionProxy[AsyncSession], ...]:
-    """Both databases: neither keeps what a test writes."""
+    """Both databases; a test's writes to either are undone."""
     return shop, audit

@@ -10,7 +10,7 @@ NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s",
     "pk": "pk_%(table_name)s",
 }
-"""A migration can only drop a constraint that has a name, and an error handler can only tell it by one."""
+"""Migrations and error handlers can identify a constraint only by its name."""
 
 
 class ShopBase(DeclarativeBase):
@@ -20,7 +20,7 @@ class ShopBase(DeclarativeBase):
 
 
 class Product(ShopBase):
-    """Something that is sold."""
+    """A product of the shop."""
 
     __tablename__ = "product"
     __table_args__ = (CheckConstraint("stock >= 0", name="stock"),)
@@ -31,7 +31,7 @@ class Product(ShopBase):
 
 
 class Sale(ShopBase):
-    """Something that has been sold."""
+    """A sale of a product."""
 
     __tablename__ = "sale"
 
@@ -40,13 +40,13 @@ class Sale(ShopBase):
 
 
 class AuditBase(DeclarativeBase):
-    """The tables of the audit's database."""
+    """The tables of the audit database."""
 
     metadata = MetaData(naming_convention=NAMES)
 
 
 class Entry(AuditBase):
-    """What somebody has done."""
+    """A recorded action."""
 
     __tablename__ = "entry"
 

@@ -1,4 +1,4 @@
-"""Tests of the shop, in a sandbox: each finds the migrated databases, and leaves them so."""
+"""Tests of the shop in a sandbox: each test starts with the migrated, empty databases."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -8,6 +8,6 @@ from fastapi_async_sqlalchemy.testing import Sandbox
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_product_is_added(sandbox_client: TestClient, client_sandbox: Sandbox, turn: int) -> None:
-    """Both databases commit, and in the second turn the name is free again."""
+    """Both databases commit, and the name is free again in the second run."""
     assert sandbox_client.post("/products", params={"name": "tea"}).status_code == 201, turn
     assert client_sandbox.commits == 2

@@ -1,1 +1,1 @@
-"""A bookshop as a service: two databases, an outbox, a worker, migrations; README.md maps its files."""
+"""A bookshop service with two databases, an outbox, a worker and migrations; README.md lists its files."""

@@ -1,7 +1,7 @@
-"""Run the whole shop: PostgreSQL, Redis, migrations, a worker and the web server; Ctrl-C ends them all.
+"""Run the whole shop: PostgreSQL, Redis, migrations, a worker and the web server; Ctrl-C stops them all.
 
 It needs the development requirements, a redis-server on the PATH, and port 8000 or PORT. With --replica a
-standby serves the reads. All data is temporary; README.md has the commands of a deployment.
+standby serves the reads. All data is temporary; README.md has the commands for a deployment.
 """
 
 import argparse
@@ -39,7 +39,7 @@ WORKER = (
 
 @contextmanager
 def servers(folder: Path, *, with_replica: bool) -> Generator[dict[str, str]]:
-    """Start the databases and Redis, and yield the environment of a deployment on them."""
+    """Start the databases and Redis, and yield the environment variables for the programs."""
     with ExitStack() as exits:
         redis_url = exits.enter_context(own_redis())
         primary = exits.enter_context(primary_server())
@@ -68,14 +68,14 @@ async def create_databases(url: str) -> None:
 
 
 async def stock(settings: Settings) -> None:
-    """Put some books on the shelves."""
+    """Add some books."""
     async with shop.connect(settings.shop_url), shop() as unit:
         unit.session.add_all(BOOKS)
 
 
 @contextmanager
 def worker() -> Generator[int]:
-    """Run a worker, and yield its process id; on exit it finishes what it has begun."""
+    """Run a worker, and yield its process id; on exit it finishes its current tasks."""
     process = subprocess.Popen(  # noqa: S603  # the command of README.md
         [sys.executable, *WORKER], start_new_session=True
     )
@@ -87,7 +87,7 @@ def worker() -> Generator[int]:
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of this machine, or on a free one if that is taken."""
+    """Listen on a local port, or on a free one if that port is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:
@@ -95,7 +95,7 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    """Serve until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m examples.bookshop", description="Run the bookshop.")
     parser.add_argument("--replica", action="store_true", help="start a standby, and read from it")
     with_replica = parser.parse_args().replica
@@ -113,7 +113,7 @@ def main() -> None:
         listener = exits.enter_context(listen(int(os.environ.get("PORT", "8000"))))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         print(
-            f"Open {url}/docs, or {url}/admin by the password {environment['BOOKSHOP_ADMIN_PASSWORD']!r}.",
+            f"Open {url}/docs, or {url}/admin with the password {environment['BOOKSHOP_ADMIN_PASSWORD']!r}.",
             flush=True,
         )
         print(f"Confirmations are in {settings.mail_folder}. Ctrl-C ends the shop.", flush=True)

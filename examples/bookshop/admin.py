@@ -1,4 +1,4 @@
-"""The admin, as an option: sqladmin behind a password, on the pool of the application."""
+"""The optional admin interface: sqladmin behind a password, on the application's pool."""
 
 from collections.abc import Sequence
 from secrets import compare_digest
@@ -16,14 +16,14 @@ Columns: TypeAlias = str | Sequence[Any]
 
 
 class Password(AuthenticationBackend):
-    """One password for all who may enter."""
+    """A single password shared by all administrators."""
 
     def __init__(self, password: str, secret_key: str, *, https_only: bool) -> None:
         super().__init__(secret_key, https_only=https_only, same_site="strict")
         self._password = password
 
     async def login(self, request: Request) -> bool:
-        """Let in whoever knows the password."""
+        """Log in if the password is correct."""
         given = (await request.form()).get("password")
         known = isinstance(given, str) and compare_digest(given.encode(), self._password.encode())
         if known:
@@ -31,12 +31,12 @@ class Password(AuthenticationBackend):
         return known
 
     async def logout(self, request: Request) -> bool:
-        """Forget that somebody was let in."""
+        """Log out."""
         request.session.clear()
         return True
 
     async def authenticate(self, request: Request) -> bool:
-        """Say whether somebody was let in."""
+        """Return whether the client is logged in."""
         return request.session.get("admin") is True
 
 
@@ -47,14 +47,14 @@ class Books(ModelView, model=Book):
 
 
 class Orders(ModelView, model=Order):
-    """Orders, to look at."""
+    """Orders, read-only."""
 
     column_list: ClassVar[Columns] = [Order.id, Order.customer, Order.placed_at]
     can_create = can_edit = can_delete = False
 
 
 class Outbox(ModelView, model=Message):
-    """What is still to be done, and why it failed."""
+    """Pending messages, and why they failed."""
 
     column_list: ClassVar[Columns] = [
         Message.id,
@@ -67,7 +67,7 @@ class Outbox(ModelView, model=Message):
 
 
 def add_admin(app: FastAPI, settings: Settings) -> async_sessionmaker[AsyncSession]:
-    """Add the admin at /admin if there is a password; its sessions want the engine, once there is one."""
+    """Add the admin at /admin if a password is set; bind the returned sessions to the engine at startup."""
     sessions = async_sessionmaker(class_=AsyncSession)
     if not settings.admin_password or not settings.admin_secret:
         return sessions

@@ -25,14 +25,14 @@ from examples.bookshop.worker import queue
 
 
 def from_environment() -> FastAPI:
-    """Make the application that the environment describes."""
+    """Create the application with the settings of the environment."""
     return create_app(Settings.from_environment())
 
 
 def create_app(
     settings: Settings, *, wake: Wake | None = None, tracer_provider: TracerProvider | None = None
 ) -> FastAPI:
-    """Make the application; a test may give `wake` in place of the queue, and a `tracer_provider`."""
+    """Create the application; a test may pass `wake` instead of the queue, and a `tracer_provider`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -51,9 +51,9 @@ def create_app(
 
 
 def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvider | None) -> None:
-    """Give each request a unit of each database; what was added last is the outermost.
+    """Give each request a unit of each database; the last middleware added is the outermost.
 
-    Without a replica its place is taken by another pool of the primary, whose units only read as well.
+    Without a replica, a second read-only pool on the primary takes its place.
     """
     observers = observers_of(settings, tracer_provider)
     if settings.telemetry:

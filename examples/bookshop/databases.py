@@ -1,4 +1,4 @@
-"""The pairs: the shop, its replica, and the reporting database, each with a session type of its own."""
+"""The pairs: the shop, its replica, and the reporting database, each with a separate session type."""
 
 from typing import Annotated, TypeAlias
 
@@ -23,7 +23,7 @@ class ShopSession(ModelSession[ShopBase]):
 
 
 class ReplicaSession(ModelSession[ShopBase]):
-    """A session that only reads them; services that write do not take it."""
+    """A session that only reads the shop's models; services that write do not accept it."""
 
 
 class ReportingSession(ModelSession[ReportingBase]):
@@ -35,13 +35,13 @@ ReplicaMiddleware, replica = create_middleware_and_session_proxy(ReplicaSession,
 ReportingMiddleware, reporting = create_middleware_and_session_proxy(ReportingSession)
 
 ReadingSession: TypeAlias = ModelSession[ShopBase]
-"""What a service takes that only reads the shop: either of its sessions."""
+"""Either session of the shop, for services that only read."""
 ShopUnit = Annotated[UnitOfWork[ShopSession], Depends(shop.unit_dependency)]
 Reporting = Annotated[ReportingSession, Depends(reporting.dependency)]
 
 
 def observers_of(settings: Settings, tracer_provider: TracerProvider | None = None) -> list[Observer]:
-    """Return what the web server and the worker have their units observed by."""
+    """Return the observers of the units in the web server and in the worker."""
     patience = LongHoldWarning(10)
     if not settings.telemetry:
         return [patience]
@@ -49,7 +49,7 @@ def observers_of(settings: Settings, tracer_provider: TracerProvider | None = No
 
 
 def engine_args(pool_size: int) -> EngineArgs:
-    """Return the arguments of an engine: a client waits seconds for what does not answer, not minutes."""
+    """Return an engine's arguments, with timeouts so that clients wait for seconds and not for minutes."""
     return {
         "pool_size": pool_size,
         "max_overflow": 0,

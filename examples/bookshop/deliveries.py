@@ -1,4 +1,4 @@
-"""What the worker does for an order: a confirmation to its customer, and a copy for the reports."""
+"""The worker's tasks for an order: a confirmation for the customer, and a copy for the reports."""
 
 import asyncio
 import os
@@ -14,12 +14,12 @@ from examples.bookshop.models import Message, Order, Sale
 
 @frozen
 class Deliveries:
-    """Delivers messages of the outbox, each as often as it is asked to, with the outcome of once."""
+    """Delivers messages from the outbox; a repeated delivery has no second effect."""
 
     mail_folder: Path
 
     async def deliver(self, message: Message, order: Order) -> None:
-        """Do what the message asks for."""
+        """Do the work for a message."""
         match message.kind:
             case "confirmation":
                 await asyncio.to_thread(post, confirmation(order), self.mail_folder)
@@ -28,7 +28,7 @@ class Deliveries:
 
 
 def confirmation(order: Order) -> EmailMessage:
-    """Write the confirmation; its Message-ID is the order's, so that a second copy can be recognised."""
+    """Write the confirmation; its Message-ID depends on the order, so duplicates can be recognised."""
     mail = EmailMessage()
     mail["Message-ID"] = f"<order-{order.id}@bookshop.example>"
     mail["From"] = "orders@bookshop.example"
@@ -42,7 +42,7 @@ def confirmation(order: Order) -> EmailMessage:
 
 
 def post(mail: EmailMessage, folder: Path) -> None:
-    """Put a mail into the pickup folder of the mail server: all of it, and one file for each Message-ID."""
+    """Write a mail atomically to the mail server's pickup folder, one file for each Message-ID."""
     folder.mkdir(parents=True, exist_ok=True)
     name = mail["Message-ID"].strip("<>").partition("@")[0]
     unfinished = folder / f".{name}.{os.getpid()}"
@@ -51,7 +51,7 @@ def post(mail: EmailMessage, folder: Path) -> None:
 
 
 async def report(order: Order) -> None:
-    """Copy an order to the reporting database, unless it is there.
+    """Copy an order to the reporting database, unless it is already there.
 
     This commits before the message is deleted. After a crash between the two it is called again, and
     changes nothing.

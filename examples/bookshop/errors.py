@@ -1,4 +1,4 @@
-"""What clients are told when something fails: a sentence, and whether to come back."""
+"""The responses for errors: a message, and when to retry."""
 
 import logging
 
@@ -13,27 +13,27 @@ SENTENCES = {
     "pk_book": "There is a book with this ISBN already.",
     "uq_orders_customer_idempotency_key": "An order with this Idempotency-Key is under way: send it again.",
 }
-"""Constraints that a client can break; any other one is a mistake of ours."""
+"""Messages for constraints that a client can violate; any other violation is a bug."""
 STATUSES: dict[type[Exception], int] = {UnknownBookError: 404, SoldOutError: 409, KeyReusedError: 422}
 CONFLICTS = {"40001", "40P01"}
-"""PostgreSQL's serialization failure and deadlock: another transaction came between, and a retry may do."""
+"""PostgreSQL's serialization failure and deadlock, after which a retry may succeed."""
 
 logger = logging.getLogger(__name__)
 
 
 def answer(status: int, detail: str, retry_after: int | None = None) -> JSONResponse:
-    """Return an answer in FastAPI's own form."""
+    """Return an error response in FastAPI's format."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return JSONResponse({"detail": detail}, status, headers)
 
 
 async def refused(_: Request, error: Exception) -> JSONResponse:
-    """Answer for an error of a service, by its own sentence."""
+    """Answer with the text of a service's error."""
     return answer(STATUSES[type(error)], str(error))
 
 
 async def conflict(_: Request, error: IntegrityError) -> JSONResponse:
-    """Answer 409 with a sentence for the constraint, whether a statement or COMMIT broke it."""
+    """Answer 409 with the constraint's message, whether a statement or COMMIT violated it."""
     name = violated_constraint(error)
     if name not in SENTENCES:
         logger.error("The constraint %s was violated", name, exc_info=error)
@@ -41,14 +41,14 @@ async def conflict(_: Request, error: IntegrityError) -> JSONResponse:
 
 
 async def busy(_: Request, error: PoolTimeoutError) -> JSONResponse:
-    """Answer 503 where no connection came free."""
+    """Answer 503 if no connection became free."""
     return answer(503, "The shop is busy.", error.retry_after)
 
 
 async def unavailable(_: Request, error: Exception) -> JSONResponse:
-    """Answer 503 where a connection was lost, none could be made, or conflicts went on for too long.
+    """Answer 503 if a connection was lost or could not be opened, or if conflicts persist.
 
-    A COMMIT whose answer was lost may have succeeded: orders are safe to send again by their key.
+    A COMMIT whose answer was lost may have succeeded: its key makes an order safe to send again.
     """
     if isinstance(error, DBAPIError) and not error.connection_invalidated:
         if getattr(error.orig, "sqlstate", None) not in CONFLICTS:
@@ -59,7 +59,7 @@ async def unavailable(_: Request, error: Exception) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Let the application answer for all of these."""
+    """Register the error handlers."""
     for error in STATUSES:
         app.add_exception_handler(error, refused)
     app.exception_handler(IntegrityError)(conflict)
@@ -67,4 +67,4 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(DBAPIError, unavailable)
     app.add_exception_handler(
         OSError, unavailable
-    )  # asyncpg's; TimeoutError and ReplicaLagError are such, too
+    )  # asyncpg raises it; TimeoutError and ReplicaLagError are subclasses

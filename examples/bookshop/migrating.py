@@ -1,4 +1,4 @@
-"""Migrations from Python: `python -m examples.bookshop.migrating` brings both databases to their heads."""
+"""Migrations from Python: `python -m examples.bookshop.migrating` upgrades both databases to their heads."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ INI = Path(__file__).parent / "migrations/alembic.ini"
 
 
 def config_of(database: Database, url: URL | None = None) -> Config:
-    """Return Alembic's configuration of a database, at this URL or that of the environment."""
+    """Return Alembic's configuration for a database, with this URL or the one in the environment."""
     config = Config(INI, ini_section=database)
     config.attributes["url"] = url
     return config
@@ -28,7 +28,7 @@ def head(database: Database) -> str | None:
 
 
 def upgrade(settings: Settings) -> None:
-    """Bring both databases to their heads; this runs an event loop of its own."""
+    """Upgrade both databases to their heads; this runs a separate event loop."""
     command.upgrade(config_of("shop", settings.shop_url), "head")
     command.upgrade(config_of("reporting", settings.reporting_url), "head")
 

@@ -78,7 +78,7 @@ class Order(ShopBase):
 
 
 class OrderLine(ShopBase):
-    """So many copies of a title, at the price of that moment."""
+    """A quantity of one title, at the price when it was ordered."""
 
     __tablename__ = "order_line"
     __table_args__ = (CheckConstraint("quantity > 0", "quantity"),)
@@ -91,7 +91,7 @@ class OrderLine(ShopBase):
 
 
 class Message(ShopBase):
-    """What is still to be done for an order; the row is deleted with it."""
+    """A pending task for an order; the row is deleted when the task is done."""
 
     __tablename__ = "outbox"
 
@@ -104,7 +104,7 @@ class Message(ShopBase):
 
 
 class Sale(ReportingBase):
-    """A line of an order as the reports count it; the key lets it be copied twice without harm."""
+    """An order line in the reports; its key makes a second copy harmless."""
 
     __tablename__ = "sale"
 

@@ -1,4 +1,4 @@
-"""The services of the shop: they take a unit or a session, and know nothing of HTTP."""
+"""The services of the shop: they take a unit or a session, and do not depend on HTTP."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from uuid import UUID
@@ -11,14 +11,14 @@ from examples.bookshop.models import Book, Isbn, Kind, Message, Order, OrderId, 
 from fastapi_async_sqlalchemy import UnitOfWork
 
 TO_DO: tuple[Kind, ...] = ("confirmation", "sale")
-"""What an order leaves in the outbox: a message each, so that one that fails does not delay the other."""
+"""The messages for each order; they are separate, so that a failure of one does not delay the other."""
 
 Wake = Callable[[], Awaitable[None]]
-"""Tells the workers that there is something in the outbox."""
+"""Notifies the workers of messages in the outbox."""
 
 
 class UnknownBookError(Exception):
-    """There is no such title."""
+    """The title does not exist."""
 
 
 class SoldOutError(Exception):
@@ -26,11 +26,11 @@ class SoldOutError(Exception):
 
 
 class KeyReusedError(Exception):
-    """The idempotency key has placed another order."""
+    """The idempotency key belongs to a different order."""
 
 
 async def catalogue(session: ReadingSession, after: Isbn, limit: int) -> Sequence[Book]:
-    """Return a page of titles: those after an ISBN."""
+    """Return a page of titles that follow an ISBN."""
     page = select(Book).where(Book.isbn > after).order_by(Book.isbn).limit(limit)
     return (await session.scalars(page)).all()
 
@@ -43,7 +43,7 @@ async def find_order(session: ReadingSession, number: OrderId) -> Order | None:
 async def place_order(
     unit: UnitOfWork[ShopSession], key: UUID, customer: str, copies: Mapping[Isbn, int]
 ) -> Order:
-    """Place an order, or return the one that this key has placed before."""
+    """Place an order, or return the existing order with this key."""
     session = unit.session
     before = select(Order).where(Order.customer == customer, Order.idempotency_key == key)
     placed = await session.scalar(before.options(selectinload(Order.lines)))
@@ -71,7 +71,7 @@ async def place_order(
 
 @shop.transactional(propagation="requires_new", isolation_level="REPEATABLE READ", retries=9)
 async def buy(key: UUID, customer: str, copies: Mapping[Isbn, int], wake: Wake) -> Order:
-    """Place an order in a transaction of its own, again where another one has changed the stock meanwhile."""
+    """Place an order in a separate transaction; retry if another one changed the stock meanwhile."""
     order = await place_order(shop.unit, key, customer, copies)
     shop.unit.on_commit(wake)
     return order

@@ -1,4 +1,4 @@
-"""The outbox: what was committed together with an order is done once it can be, and is then deleted."""
+"""The outbox: messages are committed together with an order, delivered as soon as possible, and deleted."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -12,12 +12,12 @@ from examples.bookshop.models import Message, MessageId, Order, OrderLine
 from fastapi_async_sqlalchemy import UnitOfWork
 
 LONGEST_PAUSE = 12
-"""The pauses between attempts are powers of two, in seconds: from two to this power, a good hour."""
+"""Pauses between attempts are powers of two, in seconds; this is the highest power, about an hour."""
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Message, Order], Awaitable[None]]
-"""Does what a message asks for. It may be called again for the same message, and must allow for that."""
+"""Does the work for a message. It must tolerate being called again for the same message."""
 
 
 async def drain(deliver: Deliver) -> int:
@@ -52,7 +52,7 @@ async def deliver_one(deliver: Deliver) -> bool:
 
 
 async def claim(unit: UnitOfWork[ShopSession]) -> Message | None:
-    """Lock the first message that is due, and pass by those that others have locked."""
+    """Lock the first message that is due; skip messages that other workers have locked."""
     due = select(Message).where(Message.due_at <= func.now()).order_by(Message.due_at, Message.id)
     message: Message | None = await unit.session.scalar(due.limit(1).with_for_update(skip_locked=True))
     return message
@@ -66,7 +66,7 @@ async def order_of(unit: UnitOfWork[ShopSession], message: Message) -> Order:
 
 @shop.transactional
 async def postpone(number: MessageId, error: Exception) -> None:
-    """Let a message that failed wait, and longer each time; the admin shows why."""
+    """Postpone a failed message, longer each time; the admin shows the error."""
     pause = func.power(2, func.least(Message.attempts + 1, LONGEST_PAUSE))
     await shop.session.execute(
         update(Message)

@@ -1,4 +1,4 @@
-"""The routes: they read what the client sent, call a service, and write what it returned."""
+"""The routes: they validate the request, call a service, and return its result."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated
@@ -25,13 +25,13 @@ Copies = Annotated[dict[IsbnText, Annotated[int, Field(gt=0, le=100)]], Field(mi
 
 
 class Answer(BaseModel):
-    """What is read from an object's attributes."""
+    """A response that is read from an object's attributes."""
 
     model_config = ConfigDict(from_attributes=True)
 
 
 class BookData(Answer):
-    """A title of the catalogue, and what a new one needs."""
+    """A title in the catalogue, or a new one."""
 
     isbn: IsbnText
     title: Annotated[str, Field(pattern="^[^\0]+$", max_length=200)]
@@ -40,7 +40,7 @@ class BookData(Answer):
 
 
 class NewOrder(BaseModel):
-    """What a customer orders: how many copies of which titles."""
+    """A customer's order: how many copies of which titles."""
 
     customer: Customer
     copies: Copies
@@ -62,7 +62,7 @@ class OrderData(Answer):
 
 
 class TitleSales(BaseModel):
-    """How often a title was sold, and for how much."""
+    """How many copies of a title were sold, and for how much."""
 
     title: str
     copies: int
@@ -73,33 +73,33 @@ Position = Annotated[str | None, Header(alias="X-Position", pattern=r"^[0-9A-F]{
 
 
 async def reading(position: Position = None) -> AsyncGenerator[ReadingSession]:
-    """Read from the replica, and from the primary where that lags behind what the client has seen."""
+    """Read from the replica, or from the primary if the replica lags behind the client's position."""
     unit = replica() if position is None else replica.after(WalPosition(position), timeout=0.5, fallback=shop)
     async with unit as opened:
         yield opened.session
 
 
 async def waking(request: Request) -> Wake:
-    """Return what tells the workers of new messages."""
+    """Return the function that notifies the workers of new messages."""
     wake: Wake = request.app.state.wake
     return wake
 
 
 Reading = Annotated[ReadingSession, Depends(reading, scope="function")]
-"""Its scope has the unit end, and give its connection back, before the response is sent."""
+"""With this scope the unit ends, and its connection is returned, before the response is sent."""
 
 
 @router.get("/books", response_model=list[BookData])
 async def read_books(
     session: Reading, after: IsbnText = FIRST, limit: Annotated[int, Query(gt=0, le=100)] = 50
 ) -> Sequence[Book]:
-    """Return a page of the catalogue; the next one comes after its last ISBN."""
+    """Return a page of the catalogue; pass its last ISBN to get the next one."""
     return await catalogue(session, after, limit)
 
 
 @router.post("/books", status_code=201)
 async def add_book(book: BookData, unit: ShopUnit) -> None:
-    """Add a title; the response commits it."""
+    """Add a title, which is committed when the response starts."""
     unit.session.add(Book(**book.model_dump()))
 
 
@@ -110,7 +110,7 @@ async def post_order(
     wake: Annotated[Wake, Depends(waking)],
     response: Response,
 ) -> Order:
-    """Place an order once, however often the request is sent; X-Position lets the client read it anywhere."""
+    """Place an order only once, even if the request is repeated; X-Position lets any replica serve it."""
     placed = await buy(key, order.customer, order.copies, wake)
     response.headers["X-Position"] = await shop.commit_position()
     return placed

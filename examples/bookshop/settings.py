@@ -16,7 +16,7 @@ class SettingsError(Exception):
 
 
 def postgresql(url: str | URL) -> URL:
-    """Read the URL of a database; the password is not in its repr()."""
+    """Parse a database URL; its repr() hides the password."""
     try:
         url = make_url(url)
     except ArgumentError:
@@ -34,13 +34,13 @@ Secret = Annotated[SecretStr, Field(min_length=16)]
 
 
 class Settings(BaseSettings):
-    """The settings; each is read from the variable of its name, such as BOOKSHOP_SHOP_URL."""
+    """The settings; each is read from an environment variable such as BOOKSHOP_SHOP_URL."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         frozen=True,
         arbitrary_types_allowed=True,
-        enable_decoding=False,  # a URL is a tuple, which would be read as JSON
+        enable_decoding=False,  # URL is a tuple type, whose values would be parsed as JSON
         hide_input_in_errors=True,
     )
 
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def admin_is_complete(self) -> Self:
-        """Refuse a password without the secret that signs its cookies, and the other way round."""
+        """Refuse a password without the secret that signs the cookies, and the reverse."""
         if (self.admin_password is None) != (self.admin_secret is None):
             message = "set both of admin_password and admin_secret, or neither"
             raise ValueError(message)
@@ -66,7 +66,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read all settings, or raise SettingsError with everything that is wrong."""
+        """Read all settings, or raise SettingsError with all problems."""
         try:
             return cls.model_validate({})
         except ValidationError as error:

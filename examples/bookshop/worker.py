@@ -1,7 +1,7 @@
 """The queue and its worker: `taskiq worker examples.bookshop.worker:create_worker`.
 
-A task only says that there is something in the outbox. A task that Redis loses costs a few seconds, until the
-next sweep; a task that comes twice finds nothing to do.
+A task only signals that the outbox has messages. If Redis loses a task, the messages wait a few seconds until
+the next sweep; a duplicate task finds nothing to do.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class PatientBroker(ListQueueBroker):
-    """A broker that asks again while Redis is away: by taskiq-redis 1.0 alone the process would end."""
+    """A broker that retries while Redis is unavailable; plain taskiq-redis 1.0 would end the process."""
 
     async def listen(self) -> AsyncGenerator[bytes, None]:
         """Yield the tasks."""
@@ -41,7 +41,7 @@ class PatientBroker(ListQueueBroker):
 
 
 def create_worker() -> AsyncBroker:
-    """Make the worker's broker, from the environment."""
+    """Create the worker's broker with the settings of the environment."""
     worker = Worker(Settings.from_environment())
     broker = PatientBroker(worker.settings.redis_url, queue_name=QUEUE)
 
@@ -56,13 +56,13 @@ def create_worker() -> AsyncBroker:
 
 @define
 class Worker:
-    """A process that empties the outbox when a task says so, and every few seconds."""
+    """Empties the outbox when a task arrives, and every few seconds."""
 
     settings: Settings
     _exits: AsyncExitStack = field(factory=AsyncExitStack, init=False)
 
     async def start(self, _: TaskiqState) -> None:
-        """Connect the databases, and begin to sweep."""
+        """Connect to the databases, and start the sweep."""
         settings, pool = self.settings, engine_args(self.settings.pool_size)
         observers = observers_of(settings)
         for connected in (
@@ -73,15 +73,15 @@ class Worker:
         self._exits.push_async_callback(cancel, asyncio.create_task(self.sweep(), name="sweep"))
 
     async def stop(self, _: TaskiqState) -> None:
-        """Stop sweeping, and close the connections; what was under way is rolled back, and done later."""
+        """Stop the sweep and close the connections; unfinished work is rolled back and retried later."""
         await self._exits.aclose()
 
     async def drain(self) -> None:
-        """Deliver what is due."""
+        """Deliver all messages that are due."""
         await drain(Deliveries(self.settings.mail_folder).deliver)
 
     async def sweep(self) -> None:
-        """Deliver what no task has told of, or what has failed before, for ever."""
+        """Regularly deliver messages that had no task or have failed before."""
         while True:
             try:
                 await self.drain()
@@ -99,9 +99,9 @@ async def cancel(task: asyncio.Task[None]) -> None:
 
 @asynccontextmanager
 async def queue(redis_url: str) -> AsyncGenerator[Wake]:
-    """Connect the sending end of the queue, and yield what has a worker look into the outbox.
+    """Connect the sending end of the queue, and yield the function that makes a worker check the outbox.
 
-    A Redis that does not answer holds a response up for a second at most.
+    If Redis does not answer, it delays a response by a second at most.
     """
     broker = ListQueueBroker(redis_url, queue_name=QUEUE, socket_connect_timeout=1, socket_timeout=1)
     await broker.startup()

@@ -1,1 +1,1 @@
-"""PostgreSQL under Patroni, HAProxy before it, and an application that lives through failovers."""
+"""PostgreSQL under Patroni, HAProxy in front of it, and an application that survives failovers."""

@@ -29,26 +29,26 @@ from tests.support.serving import serve
 
 WRITERS = 4
 ABSENCE = 30
-"""Seconds after which a member that was killed is started again, as systemd would do."""
+"""Seconds until a killed member is restarted, like under systemd."""
 GUIDE = """
 Open  {url}/docs
 
-Clients write all the time. A line every five seconds says what they were told, and another one who leads.
+Clients write continuously. Their responses are printed every five seconds, and so is each new leader.
 Kill the leader, Patroni and PostgreSQL:
   make cluster-kill
-Have it hand over:
+Switch over to another leader:
   {patronictl} switchover --force
-Ask Patroni, and the application:
+Query Patroni and the application:
   {patronictl} list
   curl {url}/servers
 
-A leader that was killed is started again after {absence} seconds. Ctrl-C ends it and removes the servers.
+A killed leader is restarted after {absence} seconds. Ctrl-C ends the program and removes the servers.
 """
 
 
 @define(eq=False)
 class Clients:
-    """Clients that write one note after another, and know which of them they were told are stored."""
+    """Clients that write one note after another, and record which of them were acknowledged."""
 
     url: str
     told: set[str] = Factory(set[str])
@@ -74,12 +74,12 @@ class Clients:
                 await asyncio.sleep(0.05)
 
     def summary(self) -> str:
-        """Say what they were told so far."""
+        """Return the responses so far."""
         refused = ", ".join(f"{count} {answer}" for answer, count in self.refused.items()) or "none"
         return f"told {len(self.told)}, longest answer {self.longest:.1f} s, refused: {refused}"
 
     async def lost(self) -> str:
-        """Count the notes that they were told are stored, and are not."""
+        """Count the acknowledged notes that are missing."""
         try:
             async with primary() as unit:
                 return str(len(self.told - set(await unit.session.scalars(select(Note.key)))))
@@ -88,7 +88,7 @@ class Clients:
 
 
 async def watch(cluster: Cluster) -> None:
-    """Print who leads when it changes."""
+    """Print each new leader."""
     before = ""
     while True:
         view = await asyncio.to_thread(cluster.view)
@@ -100,7 +100,7 @@ async def watch(cluster: Cluster) -> None:
 
 
 async def kill_leader(cluster: Cluster) -> None:
-    """Kill who leads, and start it again later."""
+    """Kill the leader, and restart it later."""
     leader = await asyncio.to_thread(cluster.leader)
     print(f"kills {leader.name}", flush=True)
     await asyncio.to_thread(leader.kill)
@@ -109,14 +109,14 @@ async def kill_leader(cluster: Cluster) -> None:
 
 
 async def tell(clients: Clients) -> None:
-    """Print what the clients were told."""
+    """Print the responses to the clients."""
     while True:
         await asyncio.sleep(5)
         print(clients.summary(), flush=True)
 
 
 async def run(cluster: Cluster, *, proxied: bool) -> None:
-    """Serve the application, and let clients write, until Ctrl-C or SIGTERM."""
+    """Serve the application, with clients that write, until Ctrl-C or SIGTERM."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for one in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(one, ended.set)
@@ -140,12 +140,12 @@ async def run(cluster: Cluster, *, proxied: bool) -> None:
 
 
 def patronictl(member: Member) -> str:
-    """Return the command by which an administrator talks to the cluster."""
+    """Return the command that controls the cluster."""
     return f"{Path(sys.executable).with_name('patronictl')} -c {member.folder}/patroni.yml"
 
 
 def main() -> None:
-    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    """Serve until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="make cluster", description=__doc__)
     parser.add_argument("--haproxy", action="store_true", help="connect by HAProxy")
     proxied: bool = parser.parse_args().haproxy

@@ -1,4 +1,4 @@
-"""Notes on a cluster: they are written on the leader, read from a standby, and survive a failover.
+"""Notes on a cluster that are written on the leader, read from a standby, and survive a failover.
 
 A client that is answered 503 asks again. A note has the client's key, so that a client may repeat a write of
 which it was told nothing.
@@ -43,7 +43,7 @@ class PrimarySession(AsyncSession):
 
 
 class ReplicaSession(AsyncSession):
-    """A session that reads, and cannot be given to a function that wants the other one."""
+    """A session that reads, with a separate type so that functions that write refuse it."""
 
 
 PrimaryMiddleware, primary = create_middleware_and_session_proxy(PrimarySession)
@@ -55,7 +55,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """A note, under the key that its client has chosen."""
+    """A note, with a key chosen by its client."""
 
     __tablename__ = "note"
 
@@ -64,7 +64,7 @@ class Note(Base):
 
 
 class Body(BaseModel):
-    """What a client puts, and gets."""
+    """The body of requests and responses."""
 
     text: str
 
@@ -77,7 +77,7 @@ router = APIRouter()
 
 @router.put("/notes/{key}", status_code=201)
 async def write(key: Key, body: Body, response: Response) -> None:
-    """Store a note unless there is one under this key, and tell its position when it is committed."""
+    """Store a note unless this key exists, and return its position after COMMIT."""
     await primary.session.execute(insert(Note).values(key=key, text=body.text).on_conflict_do_nothing())
     await primary.unit.commit()
     response.headers["X-Position"] = await primary.commit_position()
@@ -85,7 +85,7 @@ async def write(key: Key, body: Body, response: Response) -> None:
 
 @router.get("/notes/{key}")
 async def read(key: Key, x_position: Position = None) -> Body:
-    """Return a note; with a position, one as old as that is found."""
+    """Return a note; a note that was written before the position is always found."""
     async with reading(x_position) as unit:
         note = await unit.session.get(Note, key)
         if note is None:
@@ -95,20 +95,20 @@ async def read(key: Key, x_position: Position = None) -> Body:
 
 @router.get("/servers")
 async def servers() -> dict[str, str | None]:
-    """Tell which servers the two pairs have reached."""
+    """Return the servers that the two pairs have reached."""
     where = select(func.concat(func.inet_server_addr(), ":", func.inet_server_port()))
     return {"primary": await primary.session.scalar(where), "replica": await replica.session.scalar(where)}
 
 
 def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None]:
-    """Return a unit that only reads: on a standby, or on the leader where the standby is late."""
+    """Return a unit that only reads, on a standby, or on the leader if the standby lags."""
     if position is None:
         return replica()
     return replica.after(WalPosition(position), timeout=0.5, fallback=primary)
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether an error says that the server is gone, is about to go, or leads no more."""
+    """Whether an error means that the server is down, is shutting down, or is no longer the leader."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, OSError | TargetServerAttributeNotMatched)
     state, cause = getattr(error.orig, "sqlstate", None), getattr(error.orig, "__cause__", None)
@@ -120,7 +120,7 @@ def is_outage(error: Exception) -> bool:
 
 
 async def unavailable(_: Request, error: Exception) -> Response:
-    """Answer 503 where a connection was lost or none is to be had: a failover takes a moment."""
+    """Answer 503 if a connection was lost or cannot be opened, because a failover takes a moment."""
     if not is_outage(error):
         raise error
     return JSONResponse({"unavailable": type(error).__name__}, status_code=503, headers={"Retry-After": "1"})
@@ -128,7 +128,7 @@ async def unavailable(_: Request, error: Exception) -> Response:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table, and let the standbys have it, since some reads do not wait for them."""
+    """Create the table, and wait for the standbys, because some reads do not wait."""
     await primary.create_all(Base.metadata)
     async with replica.after(await primary.commit_position(), timeout=5, fallback=primary):
         pass
@@ -136,7 +136,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def create_app(primary_url: str, replica_url: str, engine_args: EngineArgs = ENGINE_ARGS) -> FastAPI:
-    """Make the application for the URLs of the two roles."""
+    """Create the application for the URLs of the two roles."""
     app = FastAPI(title="Cluster", lifespan=lifespan)
     app.add_middleware(PrimaryMiddleware, db_url=primary_url, engine_args=engine_args)
     app.add_middleware(ReplicaMiddleware, db_url=replica_url, engine_args=engine_args)

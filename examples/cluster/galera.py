@@ -1,4 +1,4 @@
-"""Connections to the first Galera node that takes part in its cluster: URLs of aiomysql name one host."""
+"""Connections to the first active Galera node, because the URLs of aiomysql name only one host."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ import aiomysql  # type: ignore[import-untyped]  # pyright: ignore[reportMissing
 
 driver: Any = aiomysql
 FOUND_ROWS = 2
-"""SQLAlchemy relies on this flag of the protocol, and sets it where it connects itself."""
+"""SQLAlchemy relies on this protocol flag, and sets it on the connections that it opens itself."""
 
 
 def first_of(nodes: Sequence[tuple[str, int]], **arguments: Any) -> Callable[[], Awaitable[Any]]:
-    """Return the `async_creator` of an engine; `arguments` are those of `aiomysql.connect()`."""
+    """Return an engine's `async_creator`; `arguments` are passed to `aiomysql.connect()`."""
 
     async def connect() -> Any:
         failure: Exception = OSError("there are no nodes")
@@ -32,7 +32,7 @@ def first_of(nodes: Sequence[tuple[str, int]], **arguments: Any) -> Callable[[],
 
 
 async def takes_part(connection: Any) -> bool:
-    """Whether the node takes commands: one that has lost the others accepts connections all the same."""
+    """Whether the node accepts commands; a node that has lost the others still accepts connections."""
     async with connection.cursor() as cursor:
         await cursor.execute("SHOW STATUS LIKE 'wsrep_ready'")
         row: tuple[str, str] | None = await cursor.fetchone()

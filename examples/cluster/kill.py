@@ -1,4 +1,4 @@
-"""Kill the leader of the cluster that runs: `make cluster-kill`, or `python -m examples.cluster.kill`."""
+"""Kill the leader of the running cluster: `make cluster-kill`, or `python -m examples.cluster.kill`."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ PID_FILE = Path(gettempdir(), f"fastapi-async-sqlalchemy-cluster-{os.getuid()}.p
 
 
 def main() -> None:
-    """Tell the program that runs the cluster to kill the leader."""
+    """Signal the program that runs the cluster to kill the leader."""
     try:
         os.kill(int(PID_FILE.read_text()), signal.SIGUSR1)
     except (OSError, ValueError):

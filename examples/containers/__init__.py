@@ -1,1 +1,1 @@
-"""Services that a container makes, and sessions that it hands out without owning them."""
+"""Services created by a container, which provides sessions without owning them."""

@@ -13,7 +13,7 @@ from fastapi_async_sqlalchemy import UnitOfWork
 
 
 class DatabaseProvider(Provider):
-    """Hands out the session and the unit that are current, and closes neither."""
+    """Provides the current session and unit, and closes neither."""
 
     scope = Scope.REQUEST
 
@@ -47,12 +47,12 @@ async def read(notes: FromDishka[Notes]) -> list[str]:
 
 
 def create_container() -> AsyncContainer:
-    """Make the container, for the application or for a worker."""
+    """Create the container, for the application or for a worker."""
     return make_async_container(DatabaseProvider())
 
 
 def create_app(url: str) -> FastAPI:
-    """Make the application; the container's scope ends before the unit's does."""
+    """Create the application; the container's scope ends before the unit does."""
     app = FastAPI()
     app.include_router(router)
     setup_dishka(create_container(), app)
@@ -61,7 +61,7 @@ def create_app(url: str) -> FastAPI:
 
 
 async def work(container: AsyncContainer, text: str) -> None:
-    """Do one job of a worker: the unit around the scope, so that what the scope closes is still in it."""
+    """Run a worker's job, with the unit around the scope so that finalizers run inside the unit."""
     async with db.begin(), container() as scope:
         notes = await scope.get(Notes)
         await notes.write(text)

@@ -15,14 +15,14 @@ from fastapi_async_sqlalchemy import UnitOfWork
 
 
 def register(registry: svcs.Registry) -> None:
-    """Register the session and the unit that are current; svcs would close what it enters."""
+    """Register the current session and unit, and stop svcs from closing the session."""
     registry.register_factory(AsyncSession, lambda: db.session, enter=False)
     registry.register_factory(UnitOfWork[AsyncSession], lambda: db.unit)
     registry.register_factory(Notes, make_notes)
 
 
 async def make_notes(services: svcs.Container) -> Notes:
-    """Make the service."""
+    """Create the service."""
     session, unit = await services.aget(AsyncSession, UnitOfWork[AsyncSession])
     return Notes(session, unit)
 
@@ -46,7 +46,7 @@ async def read(services: DepContainer) -> list[str]:
 
 
 def create_app(url: str) -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(NotesMiddleware, db_url=url, commit_on_exit=True)
     app.add_api_route("/notes", write, methods=["POST"], status_code=201)
@@ -55,6 +55,6 @@ def create_app(url: str) -> FastAPI:
 
 
 async def work(registry: svcs.Registry, text: str) -> None:
-    """Do one job of a worker."""
+    """Run a worker's job."""
     async with db.begin(), svcs.Container(registry) as services:
         await (await services.aget(Notes)).write(text)

@@ -1,4 +1,4 @@
-"""A service that is given its session and its unit, and knows neither a container nor a request."""
+"""A service that receives its session and unit, and does not depend on the container or the request."""
 
 from attrs import frozen
 from sqlalchemy import select
@@ -25,13 +25,13 @@ class Note(Base):
 
 @frozen
 class Notes:
-    """Notes, and an announcement of each that is committed."""
+    """Writes notes, and announces each one once it is committed."""
 
     session: AsyncSession
     unit: UnitOfWork[AsyncSession]
 
     async def write(self, text: str) -> None:
-        """Add a note; nobody commits here."""
+        """Add a note without committing it."""
         self.session.add(Note(text=text))
         self.unit.on_commit(lambda: announced.append(text))
 

@@ -1,1 +1,1 @@
-"""The quickstart with a page that draws each request's transaction: `make demo` serves it."""
+"""The quickstart with a page that draws the transaction of each request; `make demo` serves it."""

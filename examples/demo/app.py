@@ -1,4 +1,4 @@
-"""The bank of the quickstart, with a payday, and with the page that shows what happens.
+"""The bank of the quickstart, with a payday and a page that shows each request.
 
 The bank is in examples/quickstart.py. Here is what the page needs beside it: a response that writes after it
 has started, and the timelines of the last requests.
@@ -28,13 +28,13 @@ payroll = APIRouter()
 
 @payroll.post("/payday")
 async def pay_salaries(seconds: Annotated[float, Query(ge=0, le=60)] = 0.5) -> StreamingResponse:
-    """Pay bob, and answer by a stream that pays carol: its writes are committed if all of it was sent."""
+    """Pay bob, and return a stream that pays carol; its writes are committed if it is sent completely."""
     await send_money(NewTransfer(sender="alice", receiver="bob", amount=SALARY))
     return StreamingResponse(pay_carol(seconds), media_type="text/plain")
 
 
 async def pay_carol(seconds: float) -> AsyncIterator[str]:
-    """Write after the response has started: a transaction of the tail."""
+    """Write after the response has started, in the transaction of the tail."""
     yield "bob is paid\n"
     await send_money(NewTransfer(sender="alice", receiver="carol", amount=SALARY))
     yield "paying carol\n"
@@ -43,7 +43,7 @@ async def pay_carol(seconds: float) -> AsyncIterator[str]:
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     timelines = Timelines()
 
     @asynccontextmanager
@@ -54,7 +54,7 @@ def create_app(db_url: str) -> FastAPI:
 
     app = FastAPI(title="Quickstart", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, commit_on_exit=True, observers=[timelines])
-    app.add_middleware(TimelinesMiddleware, timelines=timelines)  # outside: it sees what the client gets
+    app.add_middleware(TimelinesMiddleware, timelines=timelines)  # outside, to see the final response
     app.include_router(quickstart.router)
     app.include_router(payroll)
     app.add_exception_handler(IntegrityError, refuse)

@@ -1,4 +1,4 @@
-"""What each request did, and when: an observer, SQLAlchemy's events for statements, and a middleware.
+"""Timelines of requests, recorded by an observer, SQLAlchemy's statement events and a middleware.
 
 The observer is told of transactions and connections. Statements come from the engine's events, and the
 response from the messages that pass the middleware. Nothing here waits or writes to the database.
@@ -48,7 +48,7 @@ class StoredTimeline(BaseModel):
 
 @define(eq=False)
 class Timeline:
-    """A request that is under way."""
+    """A request in progress."""
 
     stored: StoredTimeline
     began: float = field(factory=perf_counter)
@@ -58,14 +58,14 @@ class Timeline:
     """COMMIT or ROLLBACK of the current transaction, once it has been sent."""
 
     def mark(self, kind: Kind, text: str, *, error: str | None = None) -> Mark:
-        """Add a mark of this moment."""
+        """Add a mark at the current time."""
         now = (perf_counter() - self.began) * 1e3
         mark = Mark(kind=kind, text=text, start=now, end=now, error=error)
         self.stored.marks.append(mark)
         return mark
 
     def end(self, mark: Mark) -> None:
-        """Have a mark end now."""
+        """End a mark at the current time."""
         mark.end = (perf_counter() - self.began) * 1e3
 
 
@@ -76,14 +76,14 @@ here = ContextVar[Timeline | None]("timeline", default=None)
 
 
 class Timelines(Observer):
-    """The last requests; it keeps no more than a hundred."""
+    """The last hundred requests."""
 
     def __init__(self) -> None:
         self._numbers = count(1)
         self._last = deque[StoredTimeline](maxlen=100)
 
     def ended(self, after: int) -> list[StoredTimeline]:
-        """Return the requests that have ended, in order, since a number."""
+        """Return the requests that have ended since a number, in order."""
         return [timeline for timeline in self._last if timeline.number > after]
 
     @contextmanager
@@ -101,14 +101,14 @@ class Timelines(Observer):
 
     @override
     def wait_ended(self, unit: ObservedUnit, seconds: float, error: BaseException | None) -> None:
-        """A connection is held from now on, unless none became free."""
+        """Note that a connection is held from now on, unless none became free."""
         if timeline := here.get():
             mark = timeline.mark("connection", "connection", error=type(error).__name__ if error else None)
             timeline.held = None if error else mark
 
     @override
     def transaction_ended(self, unit: ObservedUnit, transaction: ObservedTransaction) -> None:
-        """The connection is released, and COMMIT or ROLLBACK is over."""
+        """Note that the connection is released, and that COMMIT or ROLLBACK has ended."""
         timeline = here.get()
         if timeline is None:
             return
@@ -124,14 +124,14 @@ class Timelines(Observer):
 
     @override
     def unit_closed(self, unit: ObservedUnit) -> None:
-        """Add what the whole unit did."""
+        """Add the outcome of the whole unit."""
         if timeline := here.get():
             stored, stats = timeline.stored, unit.stats
             stored.statements = stats.statements
             stored.held, stored.committing = stats.held * 1e3, stats.committing * 1e3
 
     def watch(self, engine: Engine) -> None:
-        """Add what an engine sends."""
+        """Add the statements of an engine."""
         watch_statements(engine)
 
         def commit(_: object) -> None:
@@ -147,7 +147,7 @@ class Timelines(Observer):
 
 
 def watch_statements(engine: Engine) -> None:
-    """Add each statement of an engine, from its sending to its answer or its error."""
+    """Add each statement of an engine, from sending it until its result or error."""
     sent: dict[object, Mark] = {}
 
     def before(_: object, cursor: object, statement: str, *__: object) -> None:

@@ -1,1 +1,1 @@
-"""An application as it is deployed: several processes, health checks, and an end that loses nothing."""
+"""An application for production, with several processes, health checks and a graceful shutdown."""

@@ -1,6 +1,6 @@
 """Orders from a stock, for any ASGI server: `uvicorn examples.deployment.app:app --workers 2`.
 
-The environment has the settings: DATABASE_URL, and POOL_SIZE and MAX_OVERFLOW of each process.
+The settings are environment variables: DATABASE_URL, and POOL_SIZE and MAX_OVERFLOW for each process.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ CLIENT_HAS_LEFT = 499
 
 
 def engine_args() -> EngineArgs:
-    """Return the engine's arguments; `pg_stat_activity` shows by the name which process has a connection."""
+    """Return the engine's arguments; the name shows a connection's process in `pg_stat_activity`."""
     return {
         "pool_size": POOL_SIZE,
         "max_overflow": MAX_OVERFLOW,
@@ -40,7 +40,7 @@ def engine_args() -> EngineArgs:
             "command_timeout": 15,
             "server_settings": {
                 "application_name": f"orders-{os.getpid()}",
-                "client_connection_check_interval": "1s",  # end the statements of a process that is gone
+                "client_connection_check_interval": "1s",  # end the statements of a dead process
             },
         },
     }
@@ -48,7 +48,7 @@ def engine_args() -> EngineArgs:
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Refuse to start where the database is not the one that this code was written for."""
+    """Refuse to start if the database lacks the table."""
     async with db() as unit:
         await unit.session.execute(select(Order.id).limit(1))
     yield
@@ -70,19 +70,19 @@ add_pool_timeout_handler(app)
 
 @app.exception_handler(IntegrityError)
 async def refuse(_: Request, error: IntegrityError) -> JSONResponse:
-    """Answer 409 where a constraint says no."""
+    """Answer 409 for a violated constraint."""
     return JSONResponse({"violates": violated_constraint(error)}, status_code=409)
 
 
 @app.get("/health/live")
 async def live() -> str:
-    """Say that the process answers."""
+    """Report that the process is alive."""
     return "alive"
 
 
 @app.get("/health/ready")
 async def ready() -> str:
-    """Say whether requests should be sent here."""
+    """Report whether this process can take requests."""
     try:
         await db.ping(timeout=1)
     except Exception as error:
@@ -91,7 +91,7 @@ async def ready() -> str:
 
 
 async def place(item: str) -> int:
-    """Take one from the stock, and return the order's number."""
+    """Take one item from the stock, and return the order's number."""
     taken = update(Stock).where(Stock.item == item).values(amount=Stock.amount - 1)
     if await db.session.scalar(taken.returning(Stock.amount)) is None:
         raise HTTPException(404, "no such item")
@@ -103,13 +103,13 @@ async def place(item: str) -> int:
 
 @app.post("/orders", status_code=201)
 async def order_one(item: str) -> int:
-    """Place an order, whether its client waits for the answer or has left."""
+    """Place an order, even if its client has left."""
     return await place(item)
 
 
 @asynccontextmanager
 async def while_connected(request: Request) -> AsyncGenerator[None]:
-    """Cancel the block when the client leaves, in the middle of a statement too, and roll back."""
+    """Cancel the block when the client leaves, even in the middle of a statement, and roll back."""
     await request.body()  # the next message is the disconnect
     scope = asyncio.timeout(None)
 
@@ -132,14 +132,14 @@ async def while_connected(request: Request) -> AsyncGenerator[None]:
 
 @app.post("/orders/if-wanted", status_code=201)
 async def order_if_wanted(item: str, request: Request) -> int:
-    """Place an order as long as its client waits for it."""
+    """Place an order, but only while its client is waiting."""
     async with while_connected(request):
         return await place(item)
 
 
 @app.post("/orders/import", status_code=201)
 async def import_orders(request: Request) -> int:
-    """Place an order for each line of the body, as the lines come, or none."""
+    """Place an order for each line of the body as it arrives, or none at all."""
     count, rest = 0, b""
     async for part in request.stream():  # raises ClientDisconnect
         *lines, rest = (rest + part).split(b"\n")
@@ -154,7 +154,7 @@ async def import_orders(request: Request) -> int:
 
 @app.post("/orders/export")
 async def export_orders() -> StreamingResponse:
-    """Send all new orders; they count as exported when the client has taken the last one."""
+    """Send all new orders; they count as exported once the client has received the last one."""
 
     async def lines() -> AsyncIterator[str]:
         for order in await db.session.scalars(select(Order).where(~Order.exported).order_by(Order.id)):

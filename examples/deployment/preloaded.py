@@ -1,6 +1,6 @@
 """An application that reads from the database while it is loaded, for `gunicorn --preload`.
 
-The engine has a connection before the workers are forked; each of them gets others.
+The engine has a connection before the workers are forked; each worker opens separate ones.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ app.add_middleware(SQLAlchemyMiddleware, custom_engine=engine, commit_on_exit=Tr
 
 @app.get("/items")
 async def items() -> frozenset[str]:
-    """Return what was read before the fork."""
+    """Return the items that were read before the fork."""
     return ITEMS
 
 
 @app.get("/process")
 async def process() -> tuple[int, int]:
-    """Return the number of this process, and of the PostgreSQL process that serves it."""
+    """Return the id of this process and of its PostgreSQL process."""
     backend = await db.session.scalar(select(func.pg_backend_pid()))
     return os.getpid(), backend or 0

@@ -5,11 +5,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
 class Base(DeclarativeBase):
-    """The tables; migrations make them, before any process starts."""
+    """The tables; migrations create them before any process starts."""
 
 
 class Stock(Base):
-    """What is left of an item."""
+    """The remaining stock of an item."""
 
     __tablename__ = "stock"
     __table_args__ = (CheckConstraint("amount >= 0", name="in_stock"),)

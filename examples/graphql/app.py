@@ -35,7 +35,7 @@ class AuthorRow(Base):
 
 
 class BookRow(Base):
-    """A book; that its author is there is looked at when it is committed."""
+    """A book; the database checks at COMMIT that its author exists."""
 
     __tablename__ = "book"
 
@@ -48,7 +48,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 propagation: ContextVar[Propagation] = ContextVar("propagation", default="requires_new")
-"""A resolver of a query opens a unit; one of a mutation joins the mutation's, to see what it has written."""
+"""A query's resolver opens a unit; a mutation's resolver joins the mutation's unit and sees its writes."""
 
 
 def in_unit(resolver: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
@@ -63,7 +63,7 @@ def in_unit(resolver: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, A
 
 
 class OneTransaction(SchemaExtension):
-    """Commit a mutation as a whole, before it is answered; with an error in it nothing is stored."""
+    """Commit a mutation as a whole before its response, or store nothing if it has an error."""
 
     async def on_execute(self) -> AsyncGenerator[None]:
         """Open a unit around a mutation."""
@@ -78,7 +78,7 @@ class OneTransaction(SchemaExtension):
             if not isinstance(result, ExecutionResult) or result.errors:
                 await unit.rollback()
                 if isinstance(result, ExecutionResult):
-                    result.data = None  # nothing of it is stored
+                    result.data = None  # none of it is stored
                 return
             try:
                 await unit.commit()
@@ -88,7 +88,7 @@ class OneTransaction(SchemaExtension):
 
 
 async def books_of(authors: Sequence[int]) -> list[list["Book"]]:
-    """Return the books of each of these authors by one statement."""
+    """Return the books of each author with one statement."""
     async with db(propagation=propagation.get()) as unit:
         rows = await unit.session.scalars(
             select(BookRow).where(BookRow.author_id.in_(authors)).order_by(BookRow.id)
@@ -100,7 +100,7 @@ async def books_of(authors: Sequence[int]) -> list[list["Book"]]:
 
 
 class Context(BaseContext):
-    """What the resolvers of one operation share."""
+    """Objects that the resolvers of one operation share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Book:
 
     @classmethod
     def of(cls, row: BookRow) -> "Book":
-        """Take it from its row."""
+        """Create a book from its row."""
         return cls(id=row.id, title=row.title)
 
 
@@ -138,14 +138,14 @@ class Author:
     @strawberry.field
     @in_unit
     async def namesakes(self) -> int:
-        """How many others begin with the same letter."""
+        """The number of other authors whose name begins with the same letter."""
         begin_alike = AuthorRow.name.startswith(self.name[0]) & (AuthorRow.id != self.id)
         return await db.session.scalar(select(func.count(AuthorRow.id)).where(begin_alike)) or 0
 
 
 @strawberry.type
 class Query:
-    """What can be read."""
+    """The queries."""
 
     @strawberry.field
     @in_unit
@@ -157,13 +157,13 @@ class Query:
     @strawberry.field
     @in_unit
     async def count(self) -> int:
-        """How many books there are."""
+        """The number of books."""
         return await db.session.scalar(select(func.count(BookRow.id))) or 0
 
 
 @strawberry.type
 class Mutation:
-    """What can be changed."""
+    """The mutations."""
 
     @strawberry.mutation
     async def add_author(self, name: str) -> Author:
@@ -184,13 +184,13 @@ class Mutation:
 
 @strawberry.type
 class Subscription:
-    """What can be followed."""
+    """The subscriptions."""
 
     @strawberry.subscription
     async def new_books(self, after: int = 0, interval: float = 1.0) -> AsyncGenerator[Book]:
-        """Tell of each new book."""
+        """Send each new book."""
         while True:
-            async with db() as unit:  # a unit for each look: none is open while nothing happens
+            async with db() as unit:  # a unit for each query, so none is open during the wait
                 rows = list(
                     await unit.session.scalars(select(BookRow).where(BookRow.id > after).order_by(BookRow.id))
                 )
@@ -201,7 +201,7 @@ class Subscription:
 
 
 def unexpected(error: GraphQLError) -> bool:
-    """Say whether an error was not written for clients: a database's text has a statement and its values."""
+    """Return whether to hide an error: the text of a database error has a statement and its values."""
     return error.original_error is not None and not isinstance(error.original_error, GraphQLError)
 
 
@@ -215,13 +215,13 @@ schema = strawberry.Schema(
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the tables of the example."""
+    """Create the tables of the example."""
     await db.create_all(Base.metadata)
     yield
 
 
 def create_app(db_url: str) -> FastAPI:
-    """Make the application for one database."""
+    """Create the application for one database."""
     app = FastAPI(lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=db_url, concurrent_use="wait")
     router: GraphQLRouter[Context, None] = GraphQLRouter(schema, context_getter=Context)

@@ -1,4 +1,4 @@
-"""Two other ways: the request's own unit for all of an operation, and a unit for each task."""
+"""Two other ways: the request's unit for the whole operation, and a unit for each task."""
 
 from collections.abc import AsyncGenerator, Generator
 
@@ -10,10 +10,10 @@ from fastapi_async_sqlalchemy import db
 
 
 class RollBackOnErrors(SchemaExtension):
-    """Roll the request's unit back if its answer has errors, although the status is 200."""
+    """Roll back the request's unit if its response has errors, although the status is 200."""
 
     def on_operation(self) -> Generator[None]:
-        """Look at the result when the operation has ended; the unit is committed at the response's start."""
+        """Check the result when the operation has ended, before the response starts."""
         yield
         result = self.execution_context.result
         if not isinstance(result, ExecutionResult) or result.errors:
@@ -21,7 +21,7 @@ class RollBackOnErrors(SchemaExtension):
 
 
 class UnitForEachTask(SchemaExtension):
-    """Give each task of a query, and so each resolver that runs beside another, a unit."""
+    """Give each task of a query, and so each concurrent resolver, a unit."""
 
     async def on_execute(self) -> AsyncGenerator[None]:
         """Open the block around a query."""

@@ -1,1 +1,1 @@
-"""Tenants that share a database, by rows or by schemas."""
+"""Tenants that share a database, separated by rows or by schemas."""

@@ -1,4 +1,4 @@
-"""Tenants that share tables: PostgreSQL's row-level security shows each of them its own rows."""
+"""Tenants that share tables: PostgreSQL's row-level security limits each tenant to its own rows."""
 
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
@@ -21,7 +21,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """A note of a tenant; the database fills in whose."""
+    """A note of a tenant; the database fills in the tenant."""
 
     __tablename__ = "note"
 
@@ -35,11 +35,11 @@ POLICY = (
     "ALTER TABLE note FORCE ROW LEVEL SECURITY",
     "CREATE POLICY own_rows ON note USING (tenant = current_setting('app.tenant'))",
 )
-"""What a migration adds to the table; the policy holds for what is read and for what is written."""
+"""The statements for a migration; the policy applies to reads and to writes."""
 
 
 def set_tenant(unit: UnitOfWork[AsyncSession]) -> None:
-    """Begin each transaction of a unit with its tenant; without one there is a LookupError and no session."""
+    """Set the tenant in each transaction of a unit; raise LookupError if there is no tenant."""
     name = tenant.get()
 
     def begin(connection: Connection) -> None:
@@ -51,11 +51,11 @@ def set_tenant(unit: UnitOfWork[AsyncSession]) -> None:
 db.on_open(set_tenant)
 
 TENANTS = {"Bearer 6b1f": "acme", "Bearer 93d0": "initech"}
-"""Yours come from a signed token, or from a table of another pair."""
+"""In production, read them from a signed token or from a table of another pair."""
 
 
 async def authenticate(authorization: Annotated[str, Header()]) -> None:
-    """Find out whose request it is; a plain function would run in a thread, and set a copy."""
+    """Set the request's tenant; a plain function would run in a thread and set only a copy."""
     if authorization not in TENANTS:
         raise HTTPException(401)
     tenant.set(TENANTS[authorization])
@@ -74,12 +74,12 @@ async def follow_up(text: str) -> None:
 
 
 async def read() -> list[str]:
-    """Return all notes: the statement names no tenant."""
+    """Return all notes of the tenant; the statement does not name it."""
     return list(await db.session.scalars(select(Note.text).order_by(Note.id)))
 
 
 async def stream() -> StreamingResponse:
-    """Read in the body of a stream, which is in the tail."""
+    """Read in the body of a stream, in the tail."""
 
     async def lines() -> AsyncGenerator[str]:
         for text in await read():
@@ -89,7 +89,7 @@ async def stream() -> StreamingResponse:
 
 
 def create_app(url: str, engine_args: EngineArgs | None = None) -> FastAPI:
-    """Make the application; its user neither owns the table nor is a superuser."""
+    """Create the application; its database user is neither the table's owner nor a superuser."""
     app = FastAPI(dependencies=[Depends(authenticate)])
     app.add_middleware(TenantMiddleware, db_url=url, engine_args=engine_args, commit_on_exit=True)
     app.add_api_route("/notes", write, methods=["POST"])

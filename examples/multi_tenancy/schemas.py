@@ -1,4 +1,4 @@
-"""Tenants with a schema each: the same models, in the tables of the current tenant."""
+"""Tenants with separate schemas: the same models, with the tables of the current tenant."""
 
 from contextvars import ContextVar
 
@@ -27,7 +27,7 @@ class Note(Base):
 
 
 def translate(unit: UnitOfWork[AsyncSession]) -> None:
-    """Write the tenant's schema in front of the tables, wherever SQLAlchemy writes the statement."""
+    """Prefix tables with the tenant's schema in all statements that SQLAlchemy generates."""
     name = schema.get()
 
     def begin(connection: Connection) -> None:
@@ -37,7 +37,7 @@ def translate(unit: UnitOfWork[AsyncSession]) -> None:
 
 
 def set_search_path(unit: UnitOfWork[AsyncSession]) -> None:
-    """Have PostgreSQL look for tables in the tenant's schema, in SQL of any origin."""
+    """Make PostgreSQL search for tables in the tenant's schema, for all SQL."""
     name = schema.get()
 
     def begin(connection: Connection) -> None:
@@ -51,7 +51,7 @@ db.on_open(translate)
 
 
 async def add_tenant(name: str) -> None:
-    """Make a tenant's schema and its tables."""
+    """Create a tenant's schema and its tables."""
     async with db.engine.begin() as connection:
         await connection.execute(CreateSchema(name))
     schema.set(name)

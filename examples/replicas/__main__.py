@@ -1,6 +1,6 @@
-"""Start a primary, a hot standby and the application; Ctrl-C ends them and removes all that they stored.
+"""Start a primary, a hot standby and the application; Ctrl-C stops them and removes their data.
 
-It needs the development requirements, for the PostgreSQL that comes as a wheel, and port 8000 or PORT.
+It needs the development requirements, which include PostgreSQL as a wheel, and port 8000 or PORT.
 """
 
 import os
@@ -16,28 +16,28 @@ from tests.support.replication import PROGRAMS, hot_standby, primary_server
 GUIDE = """
 Open  {url}/docs
 
-Write; the answer's X-Position is where the primary's log was then.
+Write; X-Position in the response is the position in the primary's log.
   {post} '{{"text": "first"}}' {url}/notes
 Read from the standby.
   curl {url}/notes/1
-Let the standby fall behind, and write.
+Pause replay on the standby, and write.
   {psql} -p {standby} -c 'SELECT pg_wal_replay_pause()'
   {post} '{{"text": "second"}}' {url}/notes
-The standby does not know the note: 404. With its X-Position in the place of 0/0 the primary serves it.
+The standby does not have the note yet: 404. With its X-Position instead of 0/0, the primary serves it.
   curl {url}/notes/2
   curl -H 'X-Position: 0/0' {url}/notes/2
-Lose the primary, and promote the standby; then write again.
+Kill the primary, promote the standby, and write again.
   kill -QUIT {pid}
   {psql} -p {standby} -c 'SELECT pg_promote()'
   {post} '{{"text": "third"}}' {url}/notes
 
-Ctrl-C ends it and removes the servers.
+Ctrl-C stops the program and removes the servers.
 """
 POST = "curl -i -H 'Content-Type: application/json' -d"
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of this machine, or on a free one if that is taken."""
+    """Listen on a local port, or on a free one if that port is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError:
@@ -45,7 +45,7 @@ def listen(port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Serve until Ctrl-C, or SIGTERM, which does the same."""
+    """Serve until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = int(os.environ.get("PORT", "8000"))
     with primary_server() as primary, hot_standby(primary) as standby, listen(port) as listener:

@@ -1,4 +1,4 @@
-"""Notes that are written on a primary and read from its replica, one's own writes included.
+"""Notes that are written on a primary and read from its replica; clients read their own writes.
 
 A write answers its position in the primary's log; a read that sends it back waits until the replica is that
 far, or is served by the primary. Positions travel in a header: the server keeps nothing between requests.
@@ -31,7 +31,7 @@ class PrimarySession(AsyncSession):
 
 
 class ReplicaSession(AsyncSession):
-    """A session that reads, and cannot be given to a function that wants the other one."""
+    """A session that reads, with a separate type so that functions that write refuse it."""
 
 
 PrimaryMiddleware, primary = create_middleware_and_session_proxy(PrimarySession)
@@ -52,27 +52,27 @@ class Note(Base):
 
 
 class NewNote(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     text: str
 
 
 class ReadNote(BaseModel):
-    """What a client reads, and who served it."""
+    """The body of a response, with the server that answered."""
 
     text: str
     server: str
 
 
 Position = Annotated[str | None, Header(alias="X-Position", pattern=r"^[0-9A-F]{1,8}/[0-9A-F]{1,8}$")]
-"""A client can send anything; what is no position is answered by 422."""
+"""A client can send anything; an invalid position gets a 422."""
 
 router = APIRouter()
 
 
 @router.post("/notes", status_code=201)
 async def write(new: NewNote, response: Response) -> int:
-    """Store a note, and tell its position; it is known when the COMMIT has been."""
+    """Store a note, and return its position, which is known after COMMIT."""
     note = Note(text=new.text)
     primary.session.add(note)
     await primary.unit.commit()
@@ -82,7 +82,7 @@ async def write(new: NewNote, response: Response) -> int:
 
 @router.get("/notes/{number}")
 async def read(number: int, position: Position = None) -> ReadNote:
-    """Return a note: with a position a note as old as that is found."""
+    """Return a note; a note that was written before the position is always found."""
     async with reading(position) as unit:
         note = await unit.session.get(Note, number)
         if note is None:
@@ -92,7 +92,7 @@ async def read(number: int, position: Position = None) -> ReadNote:
 
 
 def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[ReplicaSession], None]:
-    """Return a unit that only reads: on the replica, or on the primary where the replica is late."""
+    """Return a unit that only reads, on the replica, or on the primary if the replica lags."""
     if position is None:
         return replica()
     return replica.after(WalPosition(position), timeout=0.5, fallback=primary)
@@ -100,7 +100,7 @@ def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[Repl
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    """Make the table, on the primary, and let the replica catch up: it is read without waiting, too."""
+    """Create the table on the primary, and wait for the replica, which may be read without waiting."""
     await primary.create_all(Base.metadata)
     async with replica.after(await primary.commit_position(), timeout=5, fallback=primary):
         pass
@@ -108,14 +108,14 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 async def unavailable(_: Request, error: Exception) -> Response:
-    """Answer 503 where a connection was lost or none is to be had: a failover takes a moment."""
+    """Answer 503 if a connection was lost or cannot be opened, because a failover takes a moment."""
     if isinstance(error, DBAPIError) and not error.connection_invalidated:
         raise error
     return JSONResponse({"unavailable": type(error).__name__}, status_code=503, headers={"Retry-After": "1"})
 
 
 def create_app(primary_url: str, replica_url: str) -> FastAPI:
-    """Make the application for the two roles; each URL names both servers."""
+    """Create the application for the two roles; each URL names both servers."""
     app = FastAPI(title="Replicas", lifespan=lifespan)
     app.add_middleware(PrimaryMiddleware, db_url=primary_url, engine_args=ENGINE_ARGS, commit_on_exit=True)
     app.add_middleware(ReplicaMiddleware, db_url=replica_url, engine_args=ENGINE_ARGS)

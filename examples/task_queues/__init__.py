@@ -1,1 +1,1 @@
-"""One shop and its background work, by four task queues, with and without an outbox."""
+"""One shop and its background work with four task queues, with and without an outbox."""

@@ -16,7 +16,7 @@ router = APIRouter()
 
 
 class NewOrder(BaseModel):
-    """What a client posts."""
+    """The body of a client's request."""
 
     product: str
     quantity: int
@@ -24,7 +24,7 @@ class NewOrder(BaseModel):
 
 @router.post("/orders", status_code=201)
 async def order(new: NewOrder) -> int:
-    """Store an order, and enqueue its reservation once it is committed."""
+    """Store an order, and enqueue its reservation after COMMIT."""
     number = await store(new)
 
     async def enqueue() -> None:
@@ -51,7 +51,7 @@ async def store(new: NewOrder) -> int:
 
 
 async def refuse(_: Request, error: Exception) -> JSONResponse:
-    """Answer 409 for an order that the database refused at COMMIT."""
+    """Answer 409 for an order that the database refuses at COMMIT."""
     return JSONResponse({"refused": type(error).__name__}, status_code=409)
 
 
@@ -64,7 +64,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 def create_app(database_url: str = shop.DATABASE_URL) -> FastAPI:
-    """Make the application."""
+    """Create the application."""
     app = FastAPI(title="Shop", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=database_url, commit_on_exit=True)
     app.add_exception_handler(IntegrityError, refuse)

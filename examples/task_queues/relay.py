@@ -14,15 +14,15 @@ from examples.task_queues.with_taskiq import broker, reserve
 from fastapi_async_sqlalchemy import db
 
 BATCH = 50
-"""How many messages one transaction takes; after a crash so many may be enqueued twice."""
+"""How many messages one transaction takes; this many may be enqueued twice after a crash."""
 PAUSE = 0.5
-"""Seconds between two looks into an empty outbox."""
+"""Seconds between two queries of an empty outbox."""
 
 logger = logging.getLogger(__name__)
 
 
 async def relay_batch() -> int:
-    """Enqueue the oldest messages that no other relay has, then delete them; return how many."""
+    """Enqueue and delete the oldest messages that no other relay has locked; return how many."""
     message = shop.OutboxMessage
     oldest = select(message).order_by(message.id).limit(BATCH).with_for_update(skip_locked=True)
     async with db.begin() as unit:
@@ -34,13 +34,13 @@ async def relay_batch() -> int:
 
 
 async def relay(stopping: asyncio.Event) -> int:
-    """Relay until told to stop; return how many messages that were."""
+    """Relay messages until `stopping` is set; return how many."""
     total = 0
     while not stopping.is_set():
         try:
             count = await relay_batch()
         except (RedisError, DBAPIError, OSError):
-            logger.exception("The batch is rolled back, and comes again.")
+            logger.exception("The batch is rolled back and will be retried.")
             count = 0
         total += count
         if not count:
@@ -50,7 +50,7 @@ async def relay(stopping: asyncio.Event) -> int:
 
 
 async def main() -> None:
-    """Relay until SIGTERM or Ctrl-C, and finish the batch at hand."""
+    """Relay until SIGTERM or Ctrl-C, and finish the current batch."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

@@ -1,4 +1,4 @@
-"""The tables of a small shop, and the work that its tasks do: the same for each task queue."""
+"""The tables of a small shop, and the work of its tasks, which all task queues share."""
 
 import os
 from datetime import datetime
@@ -18,7 +18,7 @@ class Base(DeclarativeBase):
 
 
 class Product(Base):
-    """What is in stock."""
+    """A product in stock."""
 
     __tablename__ = "product"
 
@@ -47,7 +47,7 @@ class DoneTask(Base):
 
 
 class OutboxMessage(Base):
-    """A task to be enqueued, stored in the transaction that needs it."""
+    """A task to enqueue, stored in the same transaction as its order."""
 
     __tablename__ = "outbox_message"
 
@@ -56,13 +56,13 @@ class OutboxMessage(Base):
 
 
 async def is_first_time(key: str) -> bool:
-    """Store an idempotency key in the current transaction; return False if it has been committed before."""
+    """Store an idempotency key in the current transaction; return False if it was stored before."""
     statement = insert(DoneTask).values(key=key).on_conflict_do_nothing().returning(DoneTask.key)
     return await db.session.scalar(statement) is not None
 
 
 async def reserve(order_id: int) -> bool:
-    """Take an order's quantity from the stock, once; return whether this call did it."""
+    """Take an order's quantity from the stock, only once; return whether this call did so."""
     order = await db.session.get_one(Order, order_id)
     if not await is_first_time(f"reserve-{order_id}"):
         return False

@@ -1,4 +1,4 @@
-"""The shop's tasks by arq: `arq examples.task_queues.with_arq.WorkerSettings`."""
+"""The shop's tasks with arq: `arq examples.task_queues.with_arq.WorkerSettings`."""
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -15,7 +15,7 @@ REDIS = RedisSettings.from_dsn(shop.REDIS_URL)
 
 
 async def startup(ctx: dict[Any, Any]) -> None:
-    """Connect the pair for as long as the worker runs."""
+    """Connect the pair while the worker runs."""
     ctx["resources"] = AsyncExitStack()
     await ctx["resources"].enter_async_context(db.connect(shop.DATABASE_URL, engine_args={"pool_size": 10}))
 
@@ -32,16 +32,16 @@ async def reserve(ctx: dict[Any, Any], order_id: int) -> bool:  # noqa: ARG001  
 
 
 async def enqueue(queue: ArqRedis, order_id: int) -> None:
-    """Enqueue a reservation, unless the same one is waiting, running or has its result kept."""
+    """Enqueue a reservation, unless the same one is waiting or running, or its result is still stored."""
     await queue.enqueue_job("reserve", order_id, _job_id=f"reserve-{order_id}")
 
 
 class WorkerSettings:
-    """What the worker runs, and how."""
+    """The worker's settings."""
 
     functions: ClassVar[Sequence[WorkerCoroutine]] = [reserve]
     on_startup: ClassVar[StartupShutdown] = startup
     on_shutdown: ClassVar[StartupShutdown] = shutdown
     redis_settings = REDIS
-    max_jobs = 10  # no more than the pool has connections
-    job_timeout = 60  # after a crash a job runs again when this time and ten seconds have passed
+    max_jobs = 10  # at most the size of the pool
+    job_timeout = 60  # a job runs again this many seconds plus ten after a crash

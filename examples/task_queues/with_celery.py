@@ -1,4 +1,4 @@
-"""The shop's tasks by Celery: `celery -A examples.task_queues.with_celery worker --concurrency 2`."""
+"""The shop's tasks with Celery: `celery -A examples.task_queues.with_celery worker --concurrency 2`."""
 
 # Celery has no types:
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
@@ -24,21 +24,21 @@ R = TypeVar("R")
 app = Celery("shop", broker=shop.REDIS_URL)
 app.conf.update(
     task_acks_late=True,  # acknowledge after the task, not before it
-    task_reject_on_worker_lost=True,  # requeue what a process was doing when it was killed
+    task_reject_on_worker_lost=True,  # requeue the task of a process that was killed
     worker_prefetch_multiplier=1,
     broker_transport_options={"visibility_timeout": int(os.environ.get("VISIBILITY_TIMEOUT", "3600"))},
 )
 
 
 class WorkerLoop:
-    """The one event loop of a worker process: it runs in a thread, and the engine belongs to it."""
+    """A worker process's only event loop, which runs in a thread; the engine belongs to it."""
 
     def __init__(self) -> None:
         self._resources = ExitStack()
         self._portal: BlockingPortal
 
     def start(self, **_: object) -> None:
-        """Start the loop and connect the pair; after the fork, so that no connection is shared."""
+        """Start the loop and connect the pair, after the fork so that processes share no connection."""
         self._portal = self._resources.enter_context(start_blocking_portal())
         connected = db.connect(shop.DATABASE_URL, engine_args={"pool_size": 1})
         self._resources.enter_context(self._portal.wrap_async_context_manager(connected))
@@ -53,7 +53,7 @@ class WorkerLoop:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # a ROLLBACK follows, unless the function has ended
+            future.cancel()  # this rolls back, unless the function has ended
             raise
 
 

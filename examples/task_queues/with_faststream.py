@@ -1,4 +1,4 @@
-"""The shop's tasks by faststream-outbox, without Redis: `python -m examples.task_queues.with_faststream`."""
+"""The shop's tasks with faststream-outbox, no Redis: `python -m examples.task_queues.with_faststream`."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ async def enqueue(order_id: int) -> None:
 
 @asynccontextmanager
 async def lifespan() -> AsyncGenerator[None]:
-    """Give the pair the broker's engine for as long as the worker runs."""
+    """Bind the broker's engine to the pair while the worker runs."""
     async with db.connect(engine):
         yield
     await engine.dispose()

@@ -1,4 +1,4 @@
-"""The shop's tasks by TaskIQ: `taskiq worker examples.task_queues.with_taskiq:broker`."""
+"""The shop's tasks with TaskIQ: `taskiq worker examples.task_queues.with_taskiq:broker`."""
 
 import os
 from collections.abc import AsyncGenerator
@@ -17,14 +17,14 @@ from fastapi_async_sqlalchemy import UnitOfWork, db
 
 
 class TaskBroker(RedisStreamBroker):
-    """A stream whose unacknowledged messages come again after `idle_timeout`, and no others stay in it.
+    """A stream that redelivers unacknowledged messages after `idle_timeout`, and deletes acknowledged ones.
 
-    taskiq-redis 1.0.9 takes them over under a lock that a killed worker can leave for good; 1.2.4 takes them
-    over only when a new message has come.
+    taskiq-redis 1.0.9 takes messages over under a lock, which a killed worker may never release; 1.2.4
+    does so only after a new message has arrived.
     """
 
     async def listen(self) -> AsyncGenerator[AckableMessage]:
-        """Yield messages one at a time: first any that a dead worker has left, then a new one."""
+        """Yield messages one at a time: those of a dead worker first, then new ones."""
         group, consumer = self.consumer_group_name, self.consumer_name
         client: Any = Redis(connection_pool=self.connection_pool)
         async with client as redis:
@@ -55,7 +55,7 @@ broker = TaskBroker(
 
 @broker.on_event(TaskiqEvents.WORKER_STARTUP)
 async def connect(state: TaskiqState) -> None:
-    """Connect the pair: once for each worker process, in the event loop that runs the tasks."""
+    """Connect the pair once per worker process, in the event loop that runs the tasks."""
     state.resources = AsyncExitStack()
     await state.resources.enter_async_context(db.connect(shop.DATABASE_URL, engine_args={"pool_size": 10}))
 

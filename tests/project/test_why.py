@@ -71,7 +71,7 @@ async def test_commit_comes_first(make_ground: MakeGround, deferring_url: str, e
     assert await scenarios.order(await make_ground(deferring_url)) == expected
 
 
-@both(package="409, by the handler", dependency="409, by the handler")
+@both(package="409, from the handler", dependency="409, from the handler")
 async def test_failing_commit(make_ground: MakeGround, deferring_url: str, expected: str) -> None:
     """In both the application's handler answers for a COMMIT that fails."""
     assert await scenarios.failing_commit(await make_ground(deferring_url)) == expected
@@ -83,7 +83,7 @@ async def test_raised_error(make_ground: MakeGround, deferring_url: str, expecte
     assert await scenarios.raised_404(await make_ground(deferring_url)) == expected
 
 
-@both(package="rolled back, connection back", dependency="rolled back, connection back")
+@both(package="rolled back, connection returned", dependency="rolled back, connection returned")
 @survives_cancellation
 async def test_cancellation(make_ground: MakeGround, postgresql_url: str, expected: str) -> None:
     """A request that is cancelled in the middle of a statement leaves nothing behind, in both."""
@@ -179,7 +179,7 @@ async def test_late_task(make_ground: MakeGround, deferring_url: str, expected: 
     assert await scenarios.late_task(await make_ground(deferring_url)) == expected
 
 
-@both(package="ConcurrentUseError", dependency="an error of SQLAlchemy's.*")
+@both(package="ConcurrentUseError", dependency="a SQLAlchemy error.*")
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # SQLAlchemy 2.0 may warn of it first
 async def test_two_tasks(make_ground: MakeGround, postgresql_url: str, expected: str) -> None:
     """Two tasks on one session get an error in both; the package's own names the two and leaves no trace."""

@@ -1,4 +1,4 @@
-"""What Alembic runs for every command: one script for both databases, which are sections of alembic.ini."""
+"""The script that Alembic runs for every command, for both databases, which are sections of alembic.ini."""
 
 import asyncio
 import os
@@ -21,12 +21,12 @@ database = config.config_ini_section
 
 
 def migrate(connection: Connection) -> None:
-    """Run the migrations in one transaction, while no other process runs any."""
+    """Run the migrations in one transaction, while no other process runs migrations."""
     context.configure(
         connection=connection,
         target_metadata=METADATA[database],
-        render_as_batch=connection.dialect.name == "sqlite",  # it can hardly alter a table
-        transactional_ddl=True,  # Alembic would not have it on SQLite, where BEGIN IMMEDIATE makes it true
+        render_as_batch=connection.dialect.name == "sqlite",  # its ALTER TABLE is limited
+        transactional_ddl=True,  # Alembic assumes False on SQLite, but BEGIN IMMEDIATE makes it true
     )
     with context.begin_transaction():
         connection.exec_driver_sql(ONE_AT_A_TIME[connection.dialect.name])
@@ -34,7 +34,7 @@ def migrate(connection: Connection) -> None:
 
 
 async def connect() -> None:
-    """Run the migrations on a connection that is closed when they have ended."""
+    """Open a connection, run the migrations on it, and close it."""
     engine = create_async_engine(os.environ[f"{database.upper()}_URL"], poolclass=NullPool)
     async with engine.connect() as connection:
         await connection.run_sync(migrate)

@@ -13,10 +13,10 @@ depends_on: str | Sequence[str] | None = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    """Bring the database to this revision."""
+    """Upgrade the database to this revision."""
     ${upgrades if upgrades else "pass"}
 
 
 def downgrade() -> None:
-    """Bring the database back to the revision before."""
+    """Downgrade the database to the previous revision."""
     ${downgrades if downgrades else "pass"}

@@ -1,4 +1,4 @@
-"""Alembic's environment of both databases; the section of alembic.ini says which one it is."""
+"""Alembic's environment for both databases; the section of alembic.ini selects one."""
 
 import asyncio
 
@@ -14,17 +14,17 @@ METADATA = {"shop": ShopBase.metadata, "reporting": ReportingBase.metadata}[DATA
 
 
 def url() -> URL:
-    """Return the URL that the caller gave, else that of the environment."""
+    """Return the caller's URL, or else the one in the environment."""
     given: URL | None = context.config.attributes.get("url")
     return given or getattr(Settings.from_environment(), f"{DATABASE}_url")
 
 
 def migrate(connection: Connection) -> None:
-    """Migrate in one transaction; a second process that starts at the same time waits, and finds it done."""
+    """Migrate in one transaction; a concurrent process waits, and then finds nothing to do."""
     context.configure(connection=connection, target_metadata=METADATA)
     with context.begin_transaction():
         connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('bookshop migrations'))"))
-        connection.execute(text("SET LOCAL lock_timeout = '5s'"))  # a busy table: fail, and hold nobody up
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))  # fail rather than block others
         context.run_migrations()
 
 

@@ -12,7 +12,7 @@ depends_on: str | Sequence[str] | None = None
 
 
 def upgrade() -> None:
-    """Bring the database to this revision."""
+    """Upgrade the database to this revision."""
     op.create_table(
         "entry",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -22,5 +22,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Bring the database back to the revision before."""
+    """Downgrade the database to the previous revision."""
     op.drop_table("entry")

@@ -26,7 +26,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it, if it is empty: what is still to be done must not be lost."""
+    """Drop the outbox if it is empty: pending messages must not be lost."""
     op.execute("LOCK TABLE outbox")
     waiting = op.get_bind().scalar(sa.text("SELECT count(*) FROM outbox"))
     if waiting:
