@@ -11,15 +11,16 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, PositiveInt
 from sqlalchemy import CheckConstraint, ForeignKey, String, event, select, update
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
@@ -76,7 +77,7 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     yield
 
 
-def check_foreign_keys(connection: Any, _: object) -> None:
+def check_foreign_keys(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     """Turn on foreign keys, which SQLite checks only on connections that request it."""
     connection.cursor().execute("PRAGMA foreign_keys = ON")
 
