@@ -47,21 +47,21 @@ async def test_each_button_shows_what_happened(browser: Browser, url: str) -> No
     async with open_demo(browser, url) as demo:
         await demo.click("transfer")
         assert await demo.marks() == TRANSFER
-        assert await demo.balances() == [70, 130, 100]
+        await demo.has_balances(70, 130, 100)
         await demo.click("commit-fails")
         assert await demo.marks() == [*TRANSFER[:4], "commit failed", "rollback", "response"]
         await demo.click("statement-fails")
         assert await demo.marks() == ["connection", "statement", "statement failed", "rollback", "response"]
-        assert await demo.balances() == [70, 130, 100]
+        await demo.has_balances(70, 130, 100)
         await demo.click("payday")
         assert await demo.marks() == [*TRANSFER, *TRANSFER[:5]]
-        assert await demo.balances() == [50, 140, 110]
+        await demo.has_balances(50, 140, 110)
         await demo.click("leave")
         assert await demo.marks() == [*TRANSFER, *TRANSFER[:4], "left", "rollback"]
-        assert await demo.balances() == [40, 150, 110]
+        await demo.has_balances(40, 150, 110)
         await demo.click("two", timelines=2)
         assert [await demo.marks(0), await demo.marks(1)] == [TRANSFER, TRANSFER]
-        assert await demo.balances() == [50, 145, 105]
+        await demo.has_balances(50, 145, 105)
         assert {address.startswith((url, "data:")) for address in demo.requested} == {True}
         refused = "Failed to load resource: the server responded with a status of 409 (Conflict)"
         assert demo.complaints == [refused, refused]

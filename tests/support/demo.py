@@ -1,6 +1,7 @@
 """The demo's page in a browser; `make demo-screenshot` writes docs/demo.png and docs/demo-dark.png by it."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,11 +40,10 @@ class DemoPage:
         drawn = timeline.locator("[data-mark]")
         return [(await drawn.nth(n).get_attribute("class") or "") for n in range(await drawn.count())]
 
-    async def balances(self) -> list[int]:
-        """Return what the page says of alice, bob and carol."""
-        shown = self.page.locator(".accounts dd")
-        await expect(shown).to_have_count(3)
-        return [int((await shown.nth(n).inner_text()).split()[0]) for n in range(3)]
+    async def has_balances(self, *expected: int) -> None:
+        """Wait until the page says so much of alice, bob and carol: it asks after each request."""
+        shown = [re.compile(rf"^\s*{amount}\b") for amount in expected]
+        await expect(self.page.locator(".accounts dd")).to_have_text(shown)
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ async def open_demo(
     demo.page.on("pageerror", lambda error: demo.complaints.append(str(error)))
     demo.page.on("console", lambda message: demo.complaints.append(message.text))
     await demo.page.goto(url)
-    await demo.balances()
+    await expect(demo.page.locator(".accounts dd")).to_have_count(3)
     yield demo
     await context.close()
 
