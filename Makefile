@@ -60,6 +60,10 @@ QUICK ?= tests/test_architecture.py $(addprefix tests/, \
 quick: venv ## run the tests that tell most, within a minute (ARGS as for make test)
 	$(bin)/pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow" $(QUICK) $(ARGS)
 
+.PHONY: test-servers
+test-servers: venv ## deploy on uvicorn, gunicorn, hypercorn and granian, in a minute (ARGS as above)
+	$(bin)/pytest -m servers $(ARGS) tests/guides
+
 .PHONY: test-cluster
 test-cluster: venv ## lose leaders and nodes of clusters, some six minutes; needs etcd, haproxy and Galera (ARGS as above)
 	$(bin)/pytest -m cluster $(ARGS) tests/failover

@@ -787,6 +787,7 @@ async def tested(app: ASGIApp, failure: CommitFailure) -> None:
         assert_type(box.rollbacks, int)
         assert_type(box.hooks_run, int)
         assert_type(box.assert_statements(at_most=3), None)
+        assert_type(box.reset(), None)
         assert_type(box.fail_commit(), None)
         assert_type(box.fail_commit(failure, on=orders), None)
         assert_type(box.lose_connection(on=db), None)

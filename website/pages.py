@@ -8,7 +8,7 @@ from typing import cast
 
 import yaml  # type: ignore[import-untyped]  # its types are a package apart
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "build/site-source"
 """The `docs_dir` of mkdocs.yml."""
 SITE = ROOT / "build/site"

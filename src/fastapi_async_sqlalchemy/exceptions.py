@@ -287,7 +287,8 @@ class PartialCommitError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, committed: Sequence[str], failed: str) -> None:
         super().__init__(
             f"COMMIT failed on {failed} after {', '.join(committed)} had committed: repair the committed "
-            "side by a compensating transaction, or write to one database only where that cannot be done."
+            "side with a compensating transaction. To let constraints fail earlier, flush the sessions of "
+            "all databases before the first COMMIT; where half a commit must not happen, use atomic()."
         )
         self.committed: tuple[str, ...] = tuple(committed)
         self.failed: str = failed

@@ -19,6 +19,7 @@ from examples.deployment.tables import Base
 from tests.support.databases import Judge, JudgeFor
 from tests.support.deployed import BUSY, CONNECTIONS, NOT_CLOSED, ROOT, WAITING, Deployed, Server, deployed
 
+pytestmark = pytest.mark.servers
 APP = "examples.deployment.app:app"
 PAGE = (ROOT / "docs/how-to/deployment.md").read_text("utf-8")
 FASTER = {"gunicorn": ["--no-control-socket", "--asgi-disconnect-grace-period", "1"]}

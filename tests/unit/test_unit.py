@@ -26,7 +26,7 @@ from tests.support.databases import Judge, JudgeFor, fresh_database
 from tests.support.site import Site, checked_in, checked_out, complaints
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 
-ENDED = r"has ended and serves one use only: open a new one with `async with db\(\):`"
+ENDED = r"has ended and serves one use only: open a new one with `async with db\.begin\(\):`"
 Unit = UnitOfWork[AsyncSession]
 
 

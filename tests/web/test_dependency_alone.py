@@ -375,7 +375,7 @@ async def test_no_connection_is_held_after_the_endpoint(bare: Site, path: str) -
         seen.append(bare.checked_out())
         with pytest.raises(MissingSessionError, match=r"open `async with db\(\):`"):
             _ = bare.db.session
-        with pytest.raises(UnitClosedError, match=r"open a new one with `async with db\(\):`"):
+        with pytest.raises(UnitClosedError, match=r"open a new one with `async with db\.begin\(\):`"):
             await session.scalar(select(Note.text))
         async with bare.db(commit_on_exit=True) as unit:
             unit.session.add(Note(text="tail"))

@@ -22,7 +22,7 @@ from tests.support.tables import Note
 # After the application has returned
 
 
-CLOSED = r"has ended.*open a new one with `async with db\(\):`"
+CLOSED = r"has ended.*open a new one with `async with db\.begin\(\):`"
 Use = Callable[[AsyncSession, Note], Awaitable[object]]
 
 

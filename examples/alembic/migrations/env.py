@@ -15,6 +15,9 @@ ONE_AT_A_TIME = {
     "postgresql": "SELECT pg_advisory_xact_lock(7204119)",  # any number, but the same in every process
     "sqlite": "BEGIN IMMEDIATE",
 }
+FOREIGN_KEYS_ARE_ON = (
+    "Migrate before you turn foreign keys on: a rebuilt table would lose the rows that refer to it."
+)
 
 config = context.config
 database = config.config_ini_section
@@ -29,6 +32,8 @@ def migrate(connection: Connection) -> None:
         transactional_ddl=True,  # Alembic assumes False on SQLite, but BEGIN IMMEDIATE makes it true
     )
     with context.begin_transaction():
+        if connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
+            raise RuntimeError(FOREIGN_KEYS_ARE_ON)
         connection.exec_driver_sql(ONE_AT_A_TIME[connection.dialect.name])
         context.run_migrations()
 
