@@ -84,4 +84,7 @@ async def stock(
     product: str, unit: Annotated[UnitOfWork[AsyncSession], TaskiqDepends(reading)]
 ) -> int | None:
     """Return how many of a product are left."""
-    return await unit.session.scalar(select(shop.Product.stock).where(shop.Product.name == product))
+    left: int | None = await unit.session.scalar(
+        select(shop.Product.stock).where(shop.Product.name == product)
+    )
+    return left
