@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Response
-from sqlalchemy import Engine, ForeignKey, event, insert, text
+from sqlalchemy import AsyncAdaptedQueuePool, Engine, ForeignKey, event, insert, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -85,7 +85,9 @@ async def engine_of(url: str) -> AsyncGenerator[tuple[SessionProxy[AsyncSession]
     _, db = create_middleware_and_session_proxy(AsyncSession)
     async with db.connect(url):
         await db.create_all(Base.metadata)
-    engine = create_async_engine(url)
+    engine = create_async_engine(
+        url, poolclass=AsyncAdaptedQueuePool
+    )  # before 2.0.38 none for SQLite
     db.bind(engine)
     try:
         yield db, engine
