@@ -115,6 +115,7 @@ def is_outage(error: Exception) -> bool:
     return (
         error.connection_invalidated
         or state in OUTAGES
+        or (error.statement is None and state is None)  # the driver's own error at BEGIN or COMMIT
         or isinstance(cause, TargetServerAttributeNotMatched)  # all hosts are standbys
     )
 
