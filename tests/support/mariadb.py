@@ -2,15 +2,15 @@
 
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sqlalchemy import URL
+
+from tests.support.listening import listening
 
 FAST = (
     "--innodb-flush-log-at-trx-commit=0",
@@ -20,8 +20,6 @@ FAST = (
     "--character-set-server=utf8mb4",  # Debian's default, and not MariaDB's
     "--collation-server=utf8mb4_general_ci",
 )
-TRIES = 3
-"""Between the look for a free port and the server's start somebody else may take the port."""
 
 
 class MariadbMissingError(RuntimeError):
@@ -53,33 +51,10 @@ def own_mariadb(*options: str) -> Generator[URL]:
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        command = [server, *common, f"--socket={folder}/socket", *FAST, *options]
-        with _running(command, Path(folder, "log"), TRIES) as port:
+
+        def command(port: int) -> list[str]:
+            own = [f"--socket={folder}/socket", "--bind-address=127.0.0.1", f"--port={port}"]
+            return [server, *common, *FAST, *options, *own]
+
+        with listening(command, Path(folder, "log"), "ready for connections", MariadbError) as port:
             yield URL.create("mysql+aiomysql", "root", host="127.0.0.1", port=port)
-
-
-@contextmanager
-def _running(command: list[str], log: Path, tries: int) -> Generator[int]:
-    """Start the server, and yield its port; it need not end well, for nothing of it is kept."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    with (
-        log.open("w") as said,
-        subprocess.Popen(  # noqa: S603  # as above
-            [*command, "--bind-address=127.0.0.1", f"--port={port}"], stderr=said
-        ) as process,
-    ):
-        try:
-            while "ready for connections" not in log.read_text(errors="replace"):
-                if process.poll() is not None:
-                    break
-                time.sleep(0.02)
-            else:
-                yield port
-                return
-        finally:
-            process.kill()
-    if tries == 1:
-        raise MariadbError(log.read_text(errors="replace"))
-    with _running(command, log, tries - 1) as other:
-        yield other
