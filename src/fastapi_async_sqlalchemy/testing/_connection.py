@@ -52,7 +52,7 @@ class RealConnection:
     """A statement that may have written was sent since the beginning."""
     in_transaction: bool = True
     changed: bool = False
-    """It was set up in ways that a later user of the connection does not expect."""
+    """Its settings differ from those that a later user of the connection expects."""
     _heard: list[Callable[..., Any]] = Factory(list["Callable[..., Any]"])
     """The listeners to ``connect`` that have run, or that the engines had before."""
 
@@ -87,11 +87,11 @@ class RealConnection:
             self._used.add(own)
 
     def know(self, own: Pool) -> None:
-        """Leave out the listeners to ``connect`` that an engine has before the sandbox."""
+        """Record the ``connect`` listeners that an engine has before the sandbox."""
         self._heard.extend(listeners_of(own))
 
     def unheard(self, own: Pool) -> list[Callable[..., Any]]:
-        """Return the listeners that an engine was given since then, and that have not run."""
+        """Return the listeners added to an engine since then that have not run."""
         return [one for one in listeners_of(own) if one not in self._heard]
 
     def hear(self, listener: Callable[..., Any], connection: object, record: ConnectionPoolEntry) -> None:
@@ -100,7 +100,7 @@ class RealConnection:
         self._heard.append(listener)
 
     def share_info(self, info: dict[Any, Any]) -> None:
-        """Exchange what listeners have left in the ``info`` of a connection, except for this package's."""
+        """Share what listeners have put in a connection's ``info``, without this package's entries."""
         if self._opened is not None:
             own = self._opened.info
             info.update({key: value for key, value in own.items() if not str(key).startswith(_PACKAGE)})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def share_listeners(pool: Pool, own: Pool, server: SandboxServer) -> None:
-    """Have listeners to ``connect`` added to an engine's own pool, also after ``Engine.dispose()``."""
+    """Add ``connect`` listeners to an engine's own pool, even after ``Engine.dispose()``."""
     recreate = pool.recreate
 
     def recreate_and_share() -> Pool:

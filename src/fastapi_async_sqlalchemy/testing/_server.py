@@ -55,8 +55,8 @@ _LATE: Final = (
     "transaction: add it before the first write and outside of units, or before the sandbox is opened"
 )
 _PRAGMA: Final = (
-    "SQLite has `{}` take effect only outside of a transaction, and the sandbox's cannot be left: something "
-    "was written, or another unit is open. Add a listener to 'connect' that sends it before the first write"
+    "`{}` takes effect only outside of a transaction, and the sandbox cannot leave its own: something was "
+    "written, or another unit is open. Add a listener to 'connect' that sends it before the first write"
 )
 _SAVEPOINTS: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK"})
 _NOT_COUNTED: Final = _SAVEPOINTS | {"SET", "PRAGMA", "SHOW"}
@@ -94,7 +94,7 @@ class SandboxServer:
         return logical_connection(engine, Logical(self, commits_by_itself(engine)))
 
     def introduce(self, own: Pool, connection: LogicalConnection, record: ConnectionPoolEntry) -> None:
-        """Run the listeners to ``connect`` that an engine was given meanwhile; the others have run."""
+        """Run the ``connect`` listeners added to an engine inside the sandbox; others have run."""
         session = self._session_at_work()
         while self.connection.unheard(own) and self._open and not self._lies_inside(self._open[-1], session):
             self._wait()
@@ -112,7 +112,7 @@ class SandboxServer:
 
     @contextmanager
     def _outside_transaction(self, holder: Logical) -> Generator[None]:
-        """Leave the outer transaction for a moment, in which the others wait for ``holder``."""
+        """Leave the outer transaction; other tasks wait for ``holder`` until it begins again."""
         holder.begun(task_at_work(), None)
         self._open.append(holder)
         try:
@@ -127,7 +127,7 @@ class SandboxServer:
             self._wake()
 
     def set_up(self, transaction: Logical, send: Callable[..., Any], statement: str) -> Any:
-        """Send a PRAGMA that SQLite takes outside of a transaction alone, or ignores inside."""
+        """Send a PRAGMA that SQLite refuses or ignores inside a transaction."""
         if is_already(statement, self.connection.send):
             return None
         if len(self._open) > 1 or self.connection.has_written():
