@@ -35,7 +35,7 @@ $(VENV)/.locked: $(LOCK)
 	"$(PYTHON)" -m venv --clear $(VENV)
 	@awk '/^uv==/ { found = 1 } found && /# via/ { exit } found' requirements/dev.txt > $(VENV)/uv.txt
 	$(bin)/python -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
-	$(bin)/uv pip install --quiet --compile-bytecode --python $(bin)/python --require-hashes -r $(LOCK)
+	$(bin)/uv pip install --quiet --system-certs --compile-bytecode --python $(bin)/python --require-hashes -r $(LOCK)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml README.md LICENSE $(sources)
