@@ -85,9 +85,7 @@ async def engine_of(url: str) -> AsyncGenerator[tuple[SessionProxy[AsyncSession]
     _, db = create_middleware_and_session_proxy(AsyncSession)
     async with db.connect(url):
         await db.create_all(Base.metadata)
-    engine = create_async_engine(
-        url, poolclass=AsyncAdaptedQueuePool
-    )  # before 2.0.38 none for SQLite
+    engine = create_async_engine(url, poolclass=AsyncAdaptedQueuePool)  # before 2.0.38 none for SQLite
     db.bind(engine)
     try:
         yield db, engine
