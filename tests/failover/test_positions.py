@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import pytest
 from attrs import frozen
@@ -70,11 +70,22 @@ async def pairs_of(cluster: Cluster, *, proxied: bool = False) -> AsyncGenerator
         assert [checked_out(db.engine.pool) for db in (primary, replica)] == [0, 0]
 
 
+@asynccontextmanager
+async def maintenance(cluster: Cluster) -> AsyncGenerator[None]:
+    """Keep Patroni from resuming the replay that a test pauses."""
+    with ExitStack() as exits:
+        await asyncio.to_thread(exits.enter_context, cluster.maintenance())
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(exits.close)
+
+
 @by_url_or_proxy
 async def test_replica_falls_behind_and_comes_back(cluster: Cluster, *, proxied: bool) -> None:
     """A late standby is an error that says so, or the leader serves the read; later the standby does."""
     standbys = [one for one in cluster.members if one is not await asyncio.to_thread(cluster.leader)]
-    async with pairs_of(cluster, proxied=proxied) as pairs, AsyncExitStack() as paused:
+    async with maintenance(cluster), pairs_of(cluster, proxied=proxied) as pairs, AsyncExitStack() as paused:
         await _until(pairs, standby=True)
         for standby in standbys:
             await paused.enter_async_context(replay_paused(standby))

@@ -202,6 +202,26 @@ class Cluster:
             message = f"config: {status} {answer}"
             raise ProgramError(message)
 
+    @contextmanager
+    def maintenance(self) -> Generator[None]:
+        """Have Patroni leave the servers alone, as `patronictl pause` does, until exit.
+
+        Otherwise Patroni 4.1 resumes a paused replay in each of its loops (`handle_parameter_change`).
+        """
+        self._pause(on=True)
+        try:
+            yield
+        finally:
+            self._pause(on=False)
+
+    def _pause(self, *, on: bool) -> None:
+        self.configure(pause=on or None)
+        until(
+            "all members in maintenance" if on else "the end of maintenance",
+            lambda: all(bool(member.status().get("pause")) is on for member in self.members),
+            LONG,
+        )
+
     def synchronous_standby(self) -> Member:
         """Wait for a synchronous standby, and return it."""
         self.healthy()
