@@ -65,6 +65,8 @@ from fastapi_async_sqlalchemy import (
     atomic,
     create_middleware_and_session_proxy,
     db,
+    is_conflict,
+    is_unavailable,
     pgbouncer_engine_args,
     violated_constraint,
 )
@@ -190,6 +192,8 @@ session_args = SessionArgs(
 )
 assert_type(engine_args, EngineArgs)
 assert_type(pgbouncer_engine_args(), EngineArgs)
+assert_type(is_conflict(ValueError()), bool)
+assert_type(is_unavailable(ValueError()), bool)
 assert_type(violated_constraint(ValueError()), str | None)
 behind_pgbouncer: EngineArgs = {**pgbouncer_engine_args(timeout=5), "pool_size": 5}
 assert_type(engine_args.get("pool_timeout", 30.0), float)

@@ -73,6 +73,8 @@ from fastapi_async_sqlalchemy import (
     atomic,
     create_middleware_and_session_proxy,
     db,
+    is_conflict,
+    is_unavailable,
     pgbouncer_engine_args,
     violated_constraint,
 )
@@ -325,6 +327,8 @@ ReplicaLagError(database=5, position="0/1", replayed=None, timeout=1)  # type: i
 ReplicaLagError(database="replica", position=5, replayed=None, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=5, timeout=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 ReplicaLagError(database="replica", position="0/1", replayed=None, timeout="1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+is_conflict(error="deadlock")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+is_unavailable(error="refused")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 violated_constraint(error="duplicate key")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 pgbouncer_engine_args({"timeout": 5})  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 

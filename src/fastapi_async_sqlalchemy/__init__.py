@@ -6,6 +6,7 @@ from ._arguments.keywords import EngineArgs, SessionArgs
 from ._cluster.atomic import atomic
 from ._cluster.replica import WalPosition
 from ._dialects.constraints import violated_constraint
+from ._dialects.errors import is_conflict, is_unavailable
 from ._pool_status import PoolStatus
 from ._proxy import DBSessionMeta, SessionProxy
 from ._session.hooks import BeginHook, Hook
@@ -95,6 +96,8 @@ __all__ = [
     "atomic",
     "create_middleware_and_session_proxy",
     "db",
+    "is_conflict",
+    "is_unavailable",
     "pgbouncer_engine_args",
     "violated_constraint",
 ]

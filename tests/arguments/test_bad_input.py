@@ -31,6 +31,8 @@ from fastapi_async_sqlalchemy import (
     add_pool_timeout_handler,
     atomic,
     create_middleware_and_session_proxy,
+    is_conflict,
+    is_unavailable,
     recovery,
     violated_constraint,
 )
@@ -187,6 +189,8 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
         lambda pair, value: create_middleware_and_session_proxy(observers=value), OPTIONAL
     ),
     ("atomic", "databases"): Argument(lambda pair, value: atomic(pair[1], value), NOTHING),
+    ("is_conflict", "error"): Argument(lambda pair, value: is_conflict(value), frozenset({"an error"})),
+    ("is_unavailable", "error"): Argument(lambda pair, value: is_unavailable(value), frozenset({"an error"})),
     ("violated_constraint", "error"): Argument(
         lambda pair, value: violated_constraint(value), frozenset({"an error"})
     ),

@@ -6,8 +6,7 @@ import pytest
 from sqlalchemy import exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from fastapi_async_sqlalchemy import PropagationError, UnexpectedRollbackError
-from fastapi_async_sqlalchemy._dialects.errors import is_conflict
+from fastapi_async_sqlalchemy import PropagationError, UnexpectedRollbackError, is_conflict
 
 
 async def error_of(url: str, *statements: str) -> exc.DBAPIError:

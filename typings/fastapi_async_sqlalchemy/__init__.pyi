@@ -89,6 +89,8 @@ __all__ = [
     "atomic",
     "create_middleware_and_session_proxy",
     "db",
+    "is_conflict",
+    "is_unavailable",
     "pgbouncer_engine_args",
     "violated_constraint",
 ]
@@ -152,6 +154,8 @@ class EngineArgs(TypedDict, total=False):
     use_insertmanyvalues: bool
 
 def pgbouncer_engine_args(**connect_args: object) -> EngineArgs: ...
+def is_conflict(error: BaseException) -> bool: ...
+def is_unavailable(error: BaseException) -> bool: ...
 def violated_constraint(error: BaseException) -> str | None: ...
 def atomic(
     first: SessionProxy[AsyncSession],

@@ -95,6 +95,14 @@ def optional_seconds(name: str, value: object) -> float | None:
     return None if value is None else positive(name, value)
 
 
+def exception(name: str, value: object) -> BaseException:
+    """Validate an error that a caller passes in to learn its meaning."""
+    if not isinstance(value, BaseException):
+        wanted = "an exception, such as SQLAlchemy's IntegrityError"
+        raise ConfigurationError(name, wanted, value)
+    return value
+
+
 def paths(name: str, value: object) -> frozenset[str]:
     """Validate request paths: each begins with a slash."""
     if value is None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
-from ..exceptions import ConfigurationError
+from .._arguments.checks import exception
 
 _IN_TEXT: Final = (
     # MySQL and MariaDB; a value comes before, and may hold anything. MySQL 8 puts the table before the key
@@ -27,18 +27,14 @@ def violated_constraint(error: BaseException) -> str | None:
     PostgreSQL, MySQL and MariaDB name unique keys, foreign keys and checks. SQLite names checks alone. The
     cause of another error, such as ``UnexpectedRollbackError``, is looked at as well.
     """
-    if not isinstance(error, BaseException):  # pyright: ignore[reportUnnecessaryIsInstance]  # callers may not type
-        wanted = "an exception, such as SQLAlchemy's IntegrityError"
-        msg = "error"
-        raise ConfigurationError(msg, wanted, error)
-    found: BaseException | None = error
+    found: BaseException | None = exception("error", error)
     while found is not None and not isinstance(found, DBAPIError):
         found = found.__cause__
     if found is None or found.orig is None:
         return None
     original = found.orig
-    for told in (getattr(original, "diag", None), original.__cause__):  # psycopg's, asyncpg's
-        name: object = getattr(told, "constraint_name", None)
+    for detail in (getattr(original, "diag", None), original.__cause__):  # psycopg's, asyncpg's
+        name: object = getattr(detail, "constraint_name", None)
         if isinstance(name, str) and name:
             return name
     text = str(original.args[-1]) if original.args else ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from ..exceptions import UnexpectedRollbackError
+from .._arguments.checks import exception
+from ..exceptions import FastAPIAsyncSQLAlchemyError, UnexpectedRollbackError
 from .statements import has_writing_part, verb_of
 
 if TYPE_CHECKING:
@@ -25,13 +27,32 @@ _SQLITE_BUSY: Final = 5
 """SQLITE_BUSY; extended codes hold it in their lowest byte."""
 
 
-def is_conflict(error: Exception) -> bool:
-    """Whether the database refused work only because of concurrent work.
+_UNAVAILABLE: Final = frozenset({"57P01", "57P02", "57P03", "57P05", "53300", "25006"})
+"""PostgreSQL shuts down, has crashed, starts, ended an idle session, is full, or is a standby."""
+_CONNECTION_EXCEPTION: Final = "08"
+"""The class of PostgreSQL's SQLSTATEs for connections that failed."""
+_MYSQL_UNAVAILABLE: Final = frozenset({1040, 1053, 1203, 1927, 2002, 2003, 2006, 2013, 2055})
+"""MySQL and MariaDB are full, shut down, ended the connection, cannot be reached, or were lost."""
+_OPTION_PREVENTS: Final = 1290
+"""ER_OPTION_PREVENTS_STATEMENT; the text names the option, such as --read-only on a replica."""
+_NO_SERVER_ACCEPTED: Final = "TargetServerAttributeNotMatched"
+"""asyncpg's error if every host answers and none has the role that is asked for."""
 
-    Its transaction has been rolled back, or will be, and may succeed when it is repeated.
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether the database refused work only because of concurrent work.
+
+    Its transaction has been rolled back, or will be, and may succeed if it is repeated. Retries of
+    ``db.transactional`` follow this rule.
+
+    True for PostgreSQL's serialization failures and deadlocks; for MariaDB's and MySQL's deadlocks, lock
+    timeouts and newer versions of a row; for a Galera node that takes no commands; and for SQLite's locks. An
+    ``UnexpectedRollbackError`` means what its cause means. Raises ``ConfigurationError`` if ``error`` is not
+    an exception.
     """
+    error = exception("error", error)
     if isinstance(error, UnexpectedRollbackError):
-        return isinstance(error.__cause__, Exception) and is_conflict(error.__cause__)
+        return error.__cause__ is not None and is_conflict(error.__cause__)
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False
     driver = error.orig
@@ -39,15 +60,63 @@ def is_conflict(error: Exception) -> bool:
         return True  # nothing was executed, not even a COMMIT; the connection is discarded all the same
     if error.connection_invalidated:
         return False
-    if driver.args[:1] == (_SAVEPOINT_LOST,) and isinstance(driver.__context__, Exception):
+    if driver.args[:1] == (_SAVEPOINT_LOST,) and driver.__context__ is not None:
         return is_conflict(driver.__context__)  # the deadlock has rolled the savepoint's transaction back
-    state = getattr(driver, "sqlstate", None)
-    code: object = driver.args[0] if driver.args else None
-    busy = getattr(driver, "sqlite_errorcode", None)
+    state, code, busy = _codes(driver)
+    return state in _SQLSTATES or code in _MYSQL_ERRORS or (busy is not None and busy & 0xFF == _SQLITE_BUSY)
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Return whether the database could not serve the work now, whatever the work was.
+
+    True if the database cannot be reached, was lost, starts, shuts down, has no connection left, or is a
+    standby that takes no writes; and for ``PoolTimeoutError`` and ``ReplicaLagError``. A 503 is the right
+    answer. The work may be stored nevertheless if the error came from a COMMIT.
+
+    An ``OSError`` counts unless it names a file, because asyncpg raises one if it cannot connect. psycopg
+    gives no code if it cannot connect, so a wrong password counts there. An ``UnexpectedRollbackError`` means
+    what its cause means. Raises ``ConfigurationError`` if ``error`` is not an exception.
+    """
+    error = exception("error", error)
+    if isinstance(error, UnexpectedRollbackError):
+        return error.__cause__ is not None and is_unavailable(error.__cause__)
+    if isinstance(error, FastAPIAsyncSQLAlchemyError | PoolTimeout):
+        return isinstance(error, TimeoutError | PoolTimeout)
+    if isinstance(error, OSError):
+        return error.filename is None
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.connection_invalidated or _is_driver_unavailable(error, error.orig)
+    return _is_postgresql_unavailable(error)  # SQLAlchemy 2.0 passes on what asyncpg raises when it connects
+
+
+def _is_driver_unavailable(error: DBAPIError, driver: BaseException) -> bool:
+    codes = _, code, _ = _codes(driver)
+    if error.statement is None and codes == (None, None, None):
+        return True  # the driver's own error, at connecting, BEGIN or COMMIT
     return (
-        state in _SQLSTATES
-        or (isinstance(code, int) and code in _MYSQL_ERRORS)
-        or (isinstance(busy, int) and busy & 0xFF == _SQLITE_BUSY)
+        _is_postgresql_unavailable(driver)
+        or _is_node_not_ready(driver)
+        or code in _MYSQL_UNAVAILABLE
+        or (code == _OPTION_PREVENTS and "read-only" in str(driver))
+    )
+
+
+def _is_postgresql_unavailable(driver: BaseException) -> bool:
+    state = _codes(driver)[0]
+    if state is None:
+        return type(driver).__name__ == _NO_SERVER_ACCEPTED
+    return state in _UNAVAILABLE or state.startswith(_CONNECTION_EXCEPTION)
+
+
+def _codes(driver: BaseException) -> tuple[str | None, int | None, int | None]:
+    """Return a driver's SQLSTATE, MySQL's or MariaDB's number, and SQLite's; None for what it has not."""
+    state: object = getattr(driver, "sqlstate", None)
+    code: object = driver.args[0] if driver.args else None
+    busy: object = getattr(driver, "sqlite_errorcode", None)
+    return (
+        state if isinstance(state, str) else None,
+        code if isinstance(code, int) and not isinstance(code, bool) else None,
+        busy if isinstance(busy, int) else None,
     )
 
 
