@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from examples.bookshop.orders import KeyReusedError, SoldOutError, UnknownBookError
-from fastapi_async_sqlalchemy import PoolTimeoutError, violated_constraint
+from fastapi_async_sqlalchemy import PoolTimeoutError, is_conflict, is_unavailable, violated_constraint
 
 SENTENCES = {
     "pk_book": "There is a book with this ISBN already.",
@@ -15,8 +15,6 @@ SENTENCES = {
 }
 """Messages for constraints that a client can violate; any other violation is a bug."""
 STATUSES: dict[type[Exception], int] = {UnknownBookError: 404, SoldOutError: 409, KeyReusedError: 422}
-CONFLICTS = {"40001", "40P01"}
-"""PostgreSQL's serialization failure and deadlock, after which a retry may succeed."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +44,14 @@ async def busy(_: Request, error: PoolTimeoutError) -> JSONResponse:
 
 
 async def unavailable(_: Request, error: Exception) -> JSONResponse:
-    """Answer 503 if a connection was lost or could not be opened, or if conflicts persist.
+    """Answer 503 if the database cannot serve the request now, or if conflicts persist.
 
     A COMMIT whose answer was lost may have succeeded: its key makes an order safe to send again.
     """
-    if isinstance(error, DBAPIError) and not error.connection_invalidated:
-        if getattr(error.orig, "sqlstate", None) not in CONFLICTS:
-            raise error
+    if is_conflict(error):
         return answer(503, "Too many others want the same: send it again.", 1)
+    if not is_unavailable(error):
+        raise error
     logger.error("The database cannot be reached", exc_info=error)
     return answer(503, "The shop cannot be reached: send it again.", 1)
 

@@ -25,6 +25,7 @@ from fastapi_async_sqlalchemy import (
     UnitOfWork,
     WalPosition,
     create_middleware_and_session_proxy,
+    is_unavailable,
 )
 
 ENGINE_ARGS: EngineArgs = {
@@ -34,8 +35,6 @@ ENGINE_ARGS: EngineArgs = {
     "pool_pre_ping": True,
     "connect_args": {"timeout": 3, "command_timeout": 10},
 }
-OUTAGES = {"57P01", "57P02", "57P03", "25006"}
-"""PostgreSQL shuts down, has crashed, does not accept connections yet, or has become a standby."""
 
 
 class PrimarySession(AsyncSession):
@@ -107,22 +106,9 @@ def reading(position: str | None) -> AbstractAsyncContextManager[UnitOfWork[Repl
     return replica.after(WalPosition(position), timeout=0.5, fallback=primary)
 
 
-def is_outage(error: Exception) -> bool:
-    """Whether an error means that the server is down, is shutting down, or is no longer the leader."""
-    if not isinstance(error, DBAPIError):
-        return isinstance(error, OSError | TargetServerAttributeNotMatched)
-    state, cause = getattr(error.orig, "sqlstate", None), getattr(error.orig, "__cause__", None)
-    return (
-        error.connection_invalidated
-        or state in OUTAGES
-        or (error.statement is None and state is None)  # the driver's own error at BEGIN or COMMIT
-        or isinstance(cause, TargetServerAttributeNotMatched)  # all hosts are standbys
-    )
-
-
 async def unavailable(_: Request, error: Exception) -> Response:
-    """Answer 503 if a connection was lost or cannot be opened, because a failover takes a moment."""
-    if not is_outage(error):
+    """Answer 503 if the database cannot serve the request now, because a failover takes a moment."""
+    if not is_unavailable(error):
         raise error
     return JSONResponse({"unavailable": type(error).__name__}, status_code=503, headers={"Retry-After": "1"})
 

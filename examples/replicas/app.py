@@ -21,6 +21,7 @@ from fastapi_async_sqlalchemy import (
     UnitOfWork,
     WalPosition,
     create_middleware_and_session_proxy,
+    is_unavailable,
 )
 
 ENGINE_ARGS: EngineArgs = {"pool_pre_ping": True, "connect_args": {"timeout": 5, "command_timeout": 60}}
@@ -108,8 +109,8 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
 
 
 async def unavailable(_: Request, error: Exception) -> Response:
-    """Answer 503 if a connection was lost or cannot be opened, because a failover takes a moment."""
-    if isinstance(error, DBAPIError) and not error.connection_invalidated:
+    """Answer 503 if the database cannot serve the request now, because a failover takes a moment."""
+    if not is_unavailable(error):
         raise error
     return JSONResponse({"unavailable": type(error).__name__}, status_code=503, headers={"Retry-After": "1"})
 

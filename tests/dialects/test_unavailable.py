@@ -189,7 +189,7 @@ OTHERS: dict[str, tuple[Callable[[], BaseException], bool]] = {
     "a replica that lags": (lambda: ReplicaLagError("replica", "0/1", None, 1), True),
     "a timeout": (TimeoutError, True),
     "a number": (lambda: ValueError(2003), False),
-    "a partial commit": (lambda: PartialCommitError(["shop"], ["audit"]), False),
+    "a partial commit": (lambda: PartialCommitError(["shop"], "audit"), False),
     "a read-only unit": (lambda: ReadOnlyError("shop", 1), False),
     "a cancellation": (KeyboardInterrupt, False),
     "no driver's error": (lambda: exc.DBAPIError("SELECT 1", {}, Exception("2003")), False),
