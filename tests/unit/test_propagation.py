@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
@@ -20,6 +23,7 @@ from fastapi_async_sqlalchemy import (
 )
 from tests.support.site import MakeSite, Site, complaints
 from tests.support.stage import NONE_OPEN, ONE_OPEN, BoomError, BoomExit, Stage, add, block
+from tests.support.tables import Note
 
 Db = SessionProxy[AsyncSession]
 Unit = UnitOfWork[AsyncSession]
@@ -29,6 +33,42 @@ ENDED = r"has ended and serves one use only"
 
 
 # Inside a unit.
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_block_that_cannot_be_entered(make_site: MakeSite, database_url: str, *, again: bool) -> None:
+    """A nested block whose SAVEPOINT fails with the flush before it does not join, and delays no COMMIT."""
+    moments = list[str]()
+
+    def note_start(app: ASGIApp) -> ASGIApp:
+        async def noting(scope: Scope, receive: Receive, send: Send) -> None:
+            async def note(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    moments.append(f"{message['status']}")
+                await send(message)
+
+            await app(scope, receive, note)
+
+        return noting
+
+    site = await make_site(database_url, outside=[Middleware(note_start)], commit_on_exit=True)
+
+    @site.app.get("/")
+    async def write() -> None:
+        unit = site.db.unit
+        unit.on_commit(lambda: moments.append("committed"))
+        await add(site.db, "twice")
+        site.db.session.add(Note(text="twice"))
+        with suppress(IntegrityError):
+            await block(site.db, "nested")
+        if again:
+            await unit.rollback()
+            unit.on_commit(lambda: moments.append("committed"))
+            await block(site.db, "nested", "again")
+
+    response = await site.get(raise_app_exceptions=False)
+    assert (response.status_code, moments) == ((200, ["committed", "200"]) if again else (500, []))
+    assert await site.notes() == (["again"] if again else [])
 
 
 @pytest.mark.parametrize("propagation", JOINING)

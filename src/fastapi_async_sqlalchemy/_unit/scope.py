@@ -144,7 +144,11 @@ class PropagatingScope(OneUse, Generic[S_co]):
         self.joined._join(self.block)
         if self.propagation == "nested":
             self.savepoint = self.joined.savepoint()
-            await self.savepoint.__aenter__()
+            try:
+                await self.savepoint.__aenter__()
+            except BaseException:
+                self.joined._leave(self.block)  # nobody leaves a block that was not entered
+                raise
             self.transaction = self.joined.session.sync_session.get_transaction()
         return self.joined
 
