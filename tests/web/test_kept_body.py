@@ -41,13 +41,14 @@ class Upload:
     content: bytes = b"body"
     kept: WeakSet[Part] = Factory(WeakSet[Part])
     sent: list[Message] = Factory(list[Message])
+    spec_version: str = "2.4"
     _parts: int = 2
 
     async def call(self, app: ASGIApp) -> None:
         """Call the application; it returns when the application does."""
         scope: Scope = {
             "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "asgi": {"version": "3.0", "spec_version": self.spec_version},
             "http_version": "1.1",
             "method": "POST",
             "path": self.path,
@@ -210,18 +211,50 @@ async def test_handler_that_comes_after_the_body(make_site: MakeSite, deferring_
 async def test_body_of_which_a_part_comes_during_the_settlement(
     make_site: MakeSite, deferring_url: str
 ) -> None:
-    """A body with a gap is not handed out: the handler is told that the client has left."""
+    """The handler of a failed COMMIT gets a body that was read during the settlement."""
     site = await make_site(deferring_url, commit_on_exit=True)
-    site.app.add_exception_handler(IntegrityError, never)
+
+    @site.app.exception_handler(IntegrityError)
+    async def answer(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(await request.body(), 409)
 
     @site.app.post("/")
     async def write(request: Request) -> None:
         site.db.unit.before_commit(lambda: read(request))
         site.db.session.add(Reply(**ORPHAN))
 
+    upload = Upload()
     async with asyncio.timeout(30):
-        with pytest.raises(ClientDisconnect, match=r"^$"):
-            await Upload().call(site.app)
+        await upload.call(site.app)
+    assert [upload.sent[0]["status"], upload.sent[1]["body"]] == [409, b"body"]
+
+
+async def test_body_that_a_middleware_reads_during_the_settlement(
+    make_site: MakeSite, deferring_url: str
+) -> None:
+    """So it does where a BaseHTTPMiddleware listens for the client while a stream's COMMIT fails."""
+    site = await make_site(deferring_url, commit_on_exit=True)
+
+    @site.app.exception_handler(IntegrityError)
+    async def answer(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(await request.body(), 409)
+
+    @site.app.post("/")
+    async def write() -> StreamingResponse:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"never sent"
+
+        site.db.session.add(Reply(**ORPHAN))
+        return StreamingResponse(body())
+
+    async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    site.app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=pass_on))
+    upload = Upload(spec_version="2.0")
+    async with asyncio.timeout(30):
+        await upload.call(site.app)
+    assert [upload.sent[0]["status"], upload.sent[1]["body"]] == [409, b"body"]
 
 
 async def add_parked(site: Site) -> tuple[asyncio.Semaphore, asyncio.Event]:

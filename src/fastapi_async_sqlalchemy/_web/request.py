@@ -172,7 +172,11 @@ class RequestUnit(UnitOfWork[Any]):
     def _keep(self, bodies: KeptBodies, message: Message) -> None:
         """Keep a part of the request's body while the response's commit may fail."""
         asked = not message.get("body") or may_be_asked(self._app, self._scope or {})
-        if asked and self._sent == "nothing":
+        session = self._watched
+        undecided = self._sent == "nothing" or (
+            session is not None and session._fastapi_async_sqlalchemy.settling and self._sent == "start"
+        )
+        if asked and undecided:
             self._received = bodies.keep(self._received, message)
         else:
             self._forget_body(NOT_KEPT)
