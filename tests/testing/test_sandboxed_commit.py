@@ -1,15 +1,16 @@
 """COMMIT inside a sandbox checks what it checks in production: constraints, settings, two databases."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from sqlalchemy import URL, insert, select, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_async_sqlalchemy import UnexpectedRollbackError, atomic, create_middleware_and_session_proxy
-from fastapi_async_sqlalchemy.testing import sandbox
+from fastapi_async_sqlalchemy.testing import Sandbox, sandbox
 from tests.support.databases import JudgeFor, fresh_database
+from tests.support.site import Site
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 from tests.support.worker import open_worker
 from tests.testing.test_sandbox import notes, write
@@ -169,3 +170,25 @@ async def test_engine_is_its_own_again(database_url: str, judge_for: JudgeFor) -
                 assert len(list(await unit.session.scalars(select(Note)))) == number
             await write(worker.db, f"for good {number}")
         assert await worker.notes() == ["for good 0", "for good 1"]
+
+
+async def test_unit_after_a_failed_one(sandboxed: Site, box: Sandbox) -> None:
+    """After a statement failed in a unit, the same flush works in the next units as in production."""
+    for name in ("fails", "good", "good again"):
+        failed = False
+        try:
+            async with sandboxed.db.begin() as unit:
+                if name == "fails":
+                    with suppress(DBAPIError):
+                        await unit.session.execute(text("SELECT plugin FROM nowhere"))
+                unit.session.add_all([Note(text=f"{name} {half}") for half in "ab"])
+                await unit.session.flush()  # which psycopg prepares
+        except SQLAlchemyError:
+            failed = True
+        assert failed == (name == "fails" and unit_is_aborted(sandboxed))
+    assert box.commits >= 2
+
+
+def unit_is_aborted(site: Site) -> bool:
+    """Whether PostgreSQL refuses all that comes after an error."""
+    return site.engine.dialect.name == "postgresql"

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 
+def prepares_statements(adapter: Any) -> bool:
+    """Whether psycopg prepares statements that are sent often; if so, have it stop.
+
+    An error inside a savepoint leaves it with statements that PostgreSQL does not know.
+    """
+    driver = adapter.driver_connection
+    prepares = getattr(driver, "prepare_threshold", None) is not None
+    if prepares:
+        driver.prepare_threshold = None
+    return prepares
+
+
 class _Asyncpg(LogicalConnection):
     """What SQLAlchemy's dialect for asyncpg sets and asks for."""
 

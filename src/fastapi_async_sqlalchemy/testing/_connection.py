@@ -10,6 +10,7 @@ from attrs import Factory, define, field
 from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from .._dialects.adapters import prepares_statements
 from .._dialects.begin import commits_by_itself
 from .._dialects.savepoints import Savepoints, savepoints_of
 from ..exceptions import SandboxError
@@ -139,6 +140,7 @@ class RealConnection:
         try:
             if commits_by_itself(engine) and dialect.default_isolation_level is not None:
                 dialect.set_isolation_level(self.adapter, dialect.default_isolation_level)
+            self.changed |= prepares_statements(self.adapter)
             self.savepoints.begin()
         except BaseException:
             self._opened = None
