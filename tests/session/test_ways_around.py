@@ -3,12 +3,13 @@
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 from weakref import WeakSet
 
 import pytest
-from sqlalchemy import event, inspect, select, text
-from sqlalchemy.exc import IllegalStateChangeError, IntegrityError, InvalidRequestError
+from sqlalchemy import event, insert, inspect, select, text
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, IntegrityError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -286,3 +287,46 @@ async def test_savepoint_that_another_task_has_ended(sqlite_worker: Site) -> Non
             async with db(commit_on_exit=True):
                 await asyncio.gather(first(), second(), return_exceptions=True)
     assert await sqlite_worker.notes() == []
+
+
+async def test_event_that_uses_another_units_connection(driver_url: str, judge_for: JudgeFor) -> None:
+    """A mapper's event writes on the connection of an audit unit: what fails there fails that unit alone."""
+    log, audited = Log(), Log()
+    async with open_worker(driver_url, judge_for) as worker:
+        db = worker.db
+        if worker.engine.dialect.name == "sqlite":
+            await worker.judge.execute("PRAGMA journal_mode = WAL")
+
+        async def write() -> None:
+            async with db.begin(propagation="requires_new") as unit:
+                log.both(unit)
+                unit.session.add(Note(text="order"))
+
+        async with db() as audit:
+            audited.both(audit)
+            connection = (await audit.session.connection()).sync_connection
+            assert connection is not None
+
+            def trail(*_: object) -> None:
+                with suppress(DBAPIError):
+                    connection.exec_driver_sql("INSERT INTO nowhere VALUES (1)")
+
+            with listening(Note, "after_insert", trail):
+                await write()
+            aborts = worker.engine.dialect.name == "postgresql"
+            with pytest.raises(UnexpectedRollbackError) if aborts else nullcontext():
+                await audit.commit()
+        assert log == ["committed"]
+        assert audited == ["rolled back" if aborts else "committed"]
+        assert await worker.notes() == ["order"]
+
+
+async def test_read_that_fails_on_a_used_connection(sqlite_worker: Site) -> None:
+    """A SELECT that fails and is swallowed loses nothing, whatever an earlier unit did on that connection."""
+    for text_ in "ab":
+        async with sqlite_worker.db.begin() as unit:
+            with suppress(DBAPIError):
+                await unit.session.execute(text("SELECT plugin FROM nowhere"))
+            for half in ("1", "2"):  # the second finds SQLite in a transaction
+                await unit.session.execute(insert(Note).values(text=f"{text_}{half}"))
+    assert await sqlite_worker.notes() == ["a1", "a2", "b1", "b2"]

@@ -136,34 +136,36 @@ def _is_node_not_ready(error: BaseException) -> bool:
 _TRANSACTION_LOST: Final = frozenset({1020, 1206, 1213})
 """MariaDB's ER_CHECKREAD, ER_LOCK_TABLE_FULL and ER_LOCK_DEADLOCK: errors that undo the whole transaction."""
 _LOCK_TIMEOUT: Final = (1205,)
-_BEGUN: Final = "fastapi_async_sqlalchemy.begun"
-"""Whether SQLite was in a transaction before the last statement other than a SELECT."""
 
 
-def begin_in_time(cursor: DBAPICursor, statement: str, connection: Connection) -> None:
+def begin_in_time(cursor: DBAPICursor, statement: str, connection: Connection) -> bool:
     """Begin the transaction that Python's SQLite driver delays because it sees no write.
 
-    Without it, RELEASE would be a COMMIT, and the writes of a ``WITH`` would be stored immediately.
+    Without it, RELEASE would be a COMMIT, and the writes of a ``WITH`` would be stored immediately. Return
+    whether SQLite was in a transaction already.
     """
     if connection.dialect.name != "sqlite":
-        return
+        return False
     driver = connection.connection.driver_connection
     begun = driver is not None and driver.in_transaction
     if not begun and driver is not None:
         verb, autocommits = verb_of(statement), driver.isolation_level is None
         if verb == "SAVEPOINT" or (verb == "WITH" and not autocommits and has_writing_part(statement)):
             cursor.execute("BEGIN")
-    connection.info[_BEGUN] = begun
+    return begun
 
 
-def is_transaction_lost(context: ExceptionContext) -> bool:
-    """Whether a statement's error has rolled back its whole transaction, and the connection goes on."""
+def is_transaction_lost(context: ExceptionContext, begun_on: Connection | None) -> bool:
+    """Whether a statement's error has rolled back its whole transaction, and the connection goes on.
+
+    ``begun_on`` is the connection on which SQLite was in this transaction before its last statement.
+    """
     connection, code = context.connection, context.original_exception.args[:1]
     if connection is None or connection.closed or connection.invalidated:
         return False
     if context.dialect.name == "sqlite":
         driver = connection.connection.driver_connection
-        return connection.info.pop(_BEGUN, False) and driver is not None and not driver.in_transaction
+        return connection is begun_on and driver is not None and not driver.in_transaction
     return not _TRANSACTION_LOST.isdisjoint(code) or (
         code == _LOCK_TIMEOUT and _timeout_rolls_back(connection)
     )

@@ -42,6 +42,8 @@ class Ledger:
     """The connections of such errors: a session may use several engines."""
     begun: bool = False
     """User code began the transaction explicitly, and ends it."""
+    begun_on: Connection | None = None
+    """The connection on which SQLite was in the transaction before its last statement other than a SELECT."""
     lost: bool = False
     """The database has rolled the transaction back without being asked."""
     unknown: bool = False

@@ -93,11 +93,13 @@ class Shared:
         return fields(self.name, unit=unit, request=self.request(), outcome=outcome, statements=statements)
 
     def session_of(self, connection: Connection) -> StatefulSession | None:
-        """Return the session that currently uses a connection."""
-        session = self.operating.get(task_at_work())
-        if session is None and (used := self.connections.get(connection)) is not None:
-            session = used()
-        return session
+        """Return the session that a connection belongs to, else the session at work.
+
+        A session's event may use the connection of another one.
+        """
+        used = self.connections.get(connection)
+        session = None if used is None else used()
+        return self.operating.get(task_at_work()) if session is None else session
 
 
 @define(eq=False, repr=False)
@@ -313,6 +315,13 @@ def note_statement(session: StatefulSession, statement: str, connection: Connect
     verb = verb_of(statement)
     if verb not in READS:
         session._fastapi_async_sqlalchemy.writing().note_statement(statement, verb, connection)
+
+
+def note_begun(session: StatefulSession, connection: Connection | None) -> None:
+    """Record the connection on which SQLite was in the transaction before a statement that may write."""
+    ledger = session._fastapi_async_sqlalchemy.ledger
+    if ledger is not BLANK:
+        ledger.begun_on = connection
 
 
 def task_at_work() -> asyncio.Task[Any] | None:

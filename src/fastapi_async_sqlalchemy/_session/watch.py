@@ -16,7 +16,7 @@ from .._dialects.errors import begin_in_time, discard_refused, is_transaction_lo
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
 from .outcome import check_again, note_committed
-from .state import Shared, note_statement, task_at_work
+from .state import Shared, note_begun, note_statement, task_at_work
 from .streams import watch_connection_stream
 from .turns import refuse_to_lose_rows
 from .watched import watched_class
@@ -132,8 +132,9 @@ class Watch(Shared):
         if not statement.startswith("SELECT"):
             session = self.session_of(context.root_connection)
             if session is not None:
-                begin_in_time(cursor, statement, context.root_connection)
+                begun = begin_in_time(cursor, statement, context.root_connection)
                 note_statement(session, statement, context.root_connection)
+                note_begun(session, context.root_connection if begun else None)
 
     def _require_own(self, context: ExecutionContext) -> None:
         """Refuse a session's statement with a table that belongs to another database."""
@@ -159,5 +160,5 @@ class Watch(Shared):
             discard_refused(context)
             if after_the_check:
                 check_again(session)
-            if is_transaction_lost(context):
+            if is_transaction_lost(context, state.ledger.begun_on):
                 state.writing().lost = True
