@@ -55,6 +55,18 @@ async def three_statements(session: AsyncSession) -> None:
     await session.execute(delete(Note))
 
 
+@silent
+async def cursor_in_sql(session: AsyncSession) -> None:
+    """Read by PostgreSQL's cursor, and describe a table as MariaDB does."""
+    dialect = session.get_bind().dialect.name
+    statements = {
+        "postgresql": ("DECLARE c CURSOR FOR SELECT 1", "FETCH c", "MOVE c", "CLOSE c"),
+        "mysql": ("DESC note",),
+    }
+    for statement in statements.get(dialect, ("SELECT 1",)):
+        await session.execute(text(statement))
+
+
 @discards(1, 0)
 async def plain_sql(session: AsyncSession) -> None:
     """Write by SQL in small letters, over several lines."""

@@ -6,7 +6,10 @@ import re
 from typing import Final
 
 READS: Final = frozenset(
-    {"SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"}
+    {
+        *("SELECT", "SHOW", "EXPLAIN", "DESCRIBE", "DESC", "PRAGMA", "VALUES", "TABLE", "SET", "BEGIN", "XA"),
+        *("DECLARE", "FETCH", "MOVE", "CLOSE"),  # PostgreSQL's cursors
+    }
 )
 """Verbs of statements that leave nothing to commit."""
 _SAVEPOINTS: Final = frozenset({"SAVEPOINT", "RELEASE", "ROLLBACK"})

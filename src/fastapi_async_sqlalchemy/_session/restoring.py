@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.orm import LoaderCallableStatus
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
+from sqlalchemy.util import EMPTY_DICT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Iterator, Mapping, MutableMapping
 
     from sqlalchemy.orm import InstanceState, Session
 
@@ -41,10 +42,11 @@ def note_flushed(session: StatefulSession, flush_context: Any) -> None:
             _note(originals, state)
 
 
-def note_loaded(session: StatefulSession, statement: Any) -> None:
-    """Remember what an UPDATE or DELETE of an entity may change in memory."""
+def note_loaded(session: StatefulSession, statement: Any, options: Mapping[str, Any] = EMPTY_DICT) -> None:
+    """Remember what an UPDATE or DELETE of an entity may change in memory; nothing if it shall not."""
     entity = None if statement.is_insert else statement.entity_description.get("entity")
-    if entity is None:
+    options = {**statement.get_execution_options(), **(options or EMPTY_DICT)}
+    if entity is None or options.get("synchronize_session") is False:
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
     for one in session.identity_map.values():

@@ -77,7 +77,7 @@ def returning(method: Callable[..., Any]) -> Callable[..., Any]:
         statement = args[0] if args else kwargs.get("statement")
         closed = session._fastapi_async_sqlalchemy.closed
         if getattr(statement, "is_dml", False) and session.identity_map and not closed:
-            note_loaded(session, statement)
+            note_loaded(session, statement, kwargs.get("execution_options", EMPTY_DICT))
         return guarded(session, *args, **kwargs)
 
     return operation
@@ -103,14 +103,14 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
         state = session._fastapi_async_sqlalchemy
         if internal or state.holder is not None or state.closed:
             if getattr(statement, "is_dml", False) and session.identity_map and not state.closed:
-                note_loaded(session, statement)
+                note_loaded(session, statement, execution_options)
             options = {"execution_options": execution_options, "bind_arguments": bind_arguments}
             return guarded(session, statement, params, **options, **internal)
         task = task_at_work()
         outer = _enter(state, session, task, "execute")
         try:
             if getattr(statement, "is_dml", False) and session.identity_map:
-                note_loaded(session, statement)
+                note_loaded(session, statement, execution_options)
             result = method(
                 session,
                 statement,

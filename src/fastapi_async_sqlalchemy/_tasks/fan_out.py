@@ -44,8 +44,9 @@ class Children(Generic[S_co]):
 
     def await_all(self, waiting: asyncio.Task[Any] | None, tasks: Iterable[asyncio.Task[Any]]) -> None:
         """Record that a task waits for others, and refuse a wait that could never end."""
-        if waiting is not None:
-            self.config.database.shared.awaited.update(dict.fromkeys(tasks, waiting))
+        if waiting is None:
+            return
+        self.config.database.shared.awaited.update(dict.fromkeys(tasks, waiting))
         limits = self.config.limits
         if limits is not None and limits.places is not None:
             limits.places.refuse_deadlock()
