@@ -92,9 +92,7 @@ async def test_result_is_stated_in_words(browser: Browser, url: str) -> None:
         )
         label = await drawing.get_attribute("aria-label") or ""
         assert label.endswith("INSERT transfer, COMMIT failed, ROLLBACK, response 409")
-        await expect(
-            demo.page.get_by_text("COMMIT failed. The route's response was dropped")
-        ).to_be_visible()
+        await expect(demo.page.get_by_text("COMMIT failed. The route's response was dropped")).to_be_visible()
 
 
 async def test_requests_of_others_show_too(browser: Browser, url: str) -> None:

@@ -20,8 +20,8 @@ AVOIDED = re.compile(
 )
 
 NOT_THE_FIELDS = re.compile(
-    r"(?<![^\W_])(?:doom(?:s|ed)?|told|gone|lent|heard|le(?:t|ts|tting)[ _]go|t(?:ak(?:e|es|en|ing)|ook)[ _]away)"
-    r"(?![^\W_])",
+    r"(?<![^\W_])(?:doom(?:s|ed)?|told|gone|lent|heard|(?:let|lets|letting)[ _]go|"
+    r"(?:take|takes|taken|taking|took)[ _]away)(?![^\W_])",
     re.IGNORECASE,
 )
 """Words that the field does not use; in code an underscore is a gap between words."""
