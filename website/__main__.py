@@ -20,7 +20,7 @@ def build() -> list[str]:
     prepare(settings)
     if zensical("build", "--strict", "--clean"):
         wrong.append("zensical refused what it says above")
-    wrong += mistakes(SITE)
+    wrong += mistakes(SITE, str(settings["repo_url"]), ROOT)
     if not wrong:
         write_llms(settings)
     return wrong

@@ -1,5 +1,6 @@
 """What Zensical's strict mode leaves out: images, links to other files, and what comes from other hosts."""
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -36,18 +37,31 @@ class Document(HTMLParser):
 read = cache(Document)
 
 
-def mistakes(site: Path) -> list[str]:
-    """Return the mistakes in a built site, a sentence each."""
+def mistakes(site: Path, repository: str, root: Path) -> list[str]:
+    """Return the mistakes in a built site, a sentence each; ``root`` has the files of the repository."""
     read.cache_clear()
-    return [wrong for file in sorted(site.rglob("*.html")) for wrong in _mistakes(site, file)]
+    return [
+        f"{file.relative_to(site).as_posix()} {wrong}"
+        for file in sorted(site.rglob("*.html"))
+        for wrong in (*_mistakes(site, file), *_absent(read(file).links, repository, root))
+    ]
+
+
+def _absent(links: list[str], repository: str, root: Path) -> Iterator[str]:
+    """Find links to files and folders that the repository does not have."""
+    kinds = {"blob": Path.is_file, "tree": Path.is_dir}
+    target = re.compile(re.escape(repository) + r"/(blob|tree)/main/([^#?]*)")
+    for address in links:
+        found = target.match(address)
+        if found and not kinds[found[1]](root / unquote(found[2])):
+            yield f"links to {address}, which the repository does not have"
 
 
 def _mistakes(site: Path, file: Path) -> Iterator[str]:
-    page = file.relative_to(site).as_posix()
     document = read(file)
     for address in document.fetched:
         if urlsplit(address).netloc:
-            yield f"{page} fetches {address} from another host"
+            yield f"fetches {address} from another host"
     for address in document.links + document.fetched:
         parts = urlsplit(address)
         if parts.scheme or parts.netloc:
@@ -58,6 +72,6 @@ def _mistakes(site: Path, file: Path) -> Iterator[str]:
             target = (base / unquote(parts.path).lstrip("/")).resolve()
             target = target / "index.html" if target.is_dir() else target
         if not target.is_file():
-            yield f"{page} links to {address}, which does not exist"
+            yield f"links to {address}, which does not exist"
         elif target.suffix == ".html" and unquote(parts.fragment) not in read(target).anchors | {""}:
-            yield f"{page} links to {address}, which has no such anchor"
+            yield f"links to {address}, which has no such anchor"

@@ -6,6 +6,7 @@ from typing import cast
 from website.pages import ROOT, SITE, SOURCES, navigation
 
 ENTRY = re.compile(r"^- \[[^\]]+\]\((?P<page>[\w/-]+\.md)\):? (?P<line>.+)$", re.MULTILINE)
+WHOLE = "[llms-full.txt](llms-full.txt) has all of these pages in one file.\n"
 DIRECTIVE = re.compile(r"^::: (?P<module>[\w.]+)$", re.MULTILINE)
 
 
@@ -13,7 +14,7 @@ def write_llms(settings: dict[str, object]) -> None:
     """Write them into the built site."""
     described = dict(ENTRY.findall((SOURCES / "index.md").read_text("utf-8")))
     described["index.md"] = str(settings["site_description"]) + "."
-    index = [f"# {settings['site_name']}\n", f"> {settings['site_description']}.\n"]
+    index = [f"# {settings['site_name']}\n", f"> {settings['site_description']}.\n", WHOLE]
     full: list[str] = []
     for section in cast("list[dict[str, object]]", settings["nav"]):
         for name, entries in section.items():

@@ -1,7 +1,7 @@
 """Notes on a cluster that are written on the leader, read from a standby, and survive a failover.
 
-A client that is answered 503 asks again. A note has the client's key, so that a client may repeat a write of
-which it was told nothing.
+A client that is answered 503 asks again. A note has the client's key, so that a client may repeat a write
+whose outcome it does not know.
 """
 
 from collections.abc import AsyncGenerator

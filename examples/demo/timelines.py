@@ -1,6 +1,6 @@
 """Timelines of requests, recorded by an observer, SQLAlchemy's statement events and a middleware.
 
-The observer is told of transactions and connections. Statements come from the engine's events, and the
+The observer is notified of transactions and connections. Statements come from the engine's events, and the
 response from the messages that pass the middleware. Nothing here waits or writes to the database.
 """
 

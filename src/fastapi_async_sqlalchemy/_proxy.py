@@ -171,7 +171,7 @@ class SessionProxy(Blocks[S_co]):
         An engine made from a URL is disposed at the end of the block; a given engine is only released.
         ``commit_on_exit`` is the default of the blocks inside; without it, that of the pair holds.
         ``begin`` is the default of its units. ``pool_warm_up`` connections are opened on entry. ``observers``
-        are told what units do in the block. Raises ``ConfigurationError`` immediately,
+        are notified of what units do in the block. Raises ``ConfigurationError`` immediately,
         ``EngineAlreadyBoundError`` on entry.
         """
         return connect(

@@ -77,7 +77,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
         pool_warn_interval: seconds between two such WARNINGs.
         begin: when units begin their transactions; None is as the pair.
         pool_warm_up: how many connections are open when the application has started.
-        observers: are told what units do, until the lifespan ends.
+        observers: are notified of what units do, until the lifespan ends.
         server_timing: add a ``Server-Timing`` header to each response whose request has used the database.
         concurrent_use: "wait" lets a task wait for its turn of a session, as long as for a connection, where
             "refuse" raises ``ConcurrentUseError``; the default is that of the pair.
@@ -228,8 +228,8 @@ def create_middleware_and_session_proxy(
     otherwise SQLAlchemy's ``AsyncSession``. All units of a ``read_only=True`` pair are read-only, which
     suits a replica. ``commit_on_exit`` is the default of the pair's blocks and of its middleware. ``begin``
     is the default of all units: ``on_first_use`` or ``on_first_write``. With ``concurrent_use="wait"`` a
-    task waits for its turn of a session, in place of ``ConcurrentUseError``. ``observers`` are told what
-    units do.
+    task waits for its turn of a session, in place of ``ConcurrentUseError``. ``observers`` are
+    notified of what units do.
 
     Raises:
         ConfigurationError: an argument is wrong.

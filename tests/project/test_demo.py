@@ -82,8 +82,8 @@ async def test_commit_ends_before_the_response_starts(browser: Browser, url: str
             assert one["x"] <= other["x"]
 
 
-async def test_result_is_told_in_words(browser: Browser, url: str) -> None:
-    """What the client was told stands in a live region, and the drawing has a name that lists its marks."""
+async def test_result_is_stated_in_words(browser: Browser, url: str) -> None:
+    """What the client received stands in a live region, and the drawing has a name that lists its marks."""
     async with open_demo(browser, url) as demo:
         await demo.click("commit-fails")
         await expect(demo.page.get_by_role("status")).to_contain_text("409: FOREIGN KEY constraint failed")
@@ -92,9 +92,7 @@ async def test_result_is_told_in_words(browser: Browser, url: str) -> None:
         )
         label = await drawing.get_attribute("aria-label") or ""
         assert label.endswith("INSERT transfer, COMMIT failed, ROLLBACK, response 409")
-        await expect(
-            demo.page.get_by_text("COMMIT failed. What the route had answered was dropped")
-        ).to_be_visible()
+        await expect(demo.page.get_by_text("COMMIT failed. The route's response was dropped")).to_be_visible()
 
 
 async def test_requests_of_others_show_too(browser: Browser, url: str) -> None:

@@ -19,6 +19,19 @@ AVOIDED = re.compile(
     re.IGNORECASE,
 )
 
+NOT_THE_FIELDS = re.compile(
+    r"(?<![^\W_])(?:doom(?:s|ed)?|told|gone|lent|heard|(?:let|lets|letting)[ _]go|"
+    r"(?:take|takes|taken|taking|took)[ _]away)(?![^\W_])",
+    re.IGNORECASE,
+)
+"""Words that the field does not use; in code an underscore is a gap between words."""
+CODE = [
+    path
+    for folder in ("src", "typings", "examples", "website")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in {".py", ".pyi", ".html", ".md"}
+]
+
 
 def page_id(page: Path) -> str:
     """Name a page in the test run."""
@@ -43,6 +56,17 @@ def test_commas_are_few() -> None:
 def test_no_avoided_turns(page: Path) -> None:
     """The prose has none of the turns that CONTRIBUTING asks writers to avoid."""
     assert [found[0] for found in AVOIDED.finditer(prose(page))] == []
+
+
+def test_words_are_the_fields() -> None:
+    """Pages, names, docstrings, comments and messages have none of the words that the field does not use."""
+    wrong = [
+        f"{page_id(path)}:{number}: {line}"
+        for path in [*PAGES, ROOT / "CONTRIBUTING.md", *CODE]
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if NOT_THE_FIELDS.search(line)
+    ]
+    assert wrong == []
 
 
 def test_version_policy_names_the_lower_bounds() -> None:

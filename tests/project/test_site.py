@@ -11,6 +11,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import cast
 
 import pytest
 
@@ -82,14 +83,14 @@ async def browser() -> AsyncGenerator[Browser]:
 
 def complaints(page: Page, address: str) -> list[str]:
     """Return a list that grows by each error of a page, and each request to another host."""
-    heard: list[str] = []
-    page.on("console", lambda message: heard.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: heard.append(str(error)))
+    found: list[str] = []
+    page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: found.append(str(error)))
     page.on(
         "request",
-        lambda request: None if request.url.startswith((address, "data:")) else heard.append(request.url),
+        lambda request: None if request.url.startswith((address, "data:")) else found.append(request.url),
     )
-    return heard
+    return found
 
 
 def test_each_page_is_in_the_navigation_once() -> None:
@@ -97,6 +98,13 @@ def test_each_page_is_in_the_navigation_once() -> None:
     pages = [page for _, page in navigation(read_settings()["nav"])]
     assert sorted(pages) == sorted(sources())
     assert {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")} <= set(pages)
+
+
+def test_titles_in_the_navigation_differ() -> None:
+    """No page or section of the nav has the title of another one, such as the section's around it."""
+    _, _, nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")
+    titles = re.findall(r"^ *- (.+?):", nav, re.MULTILINE)
+    assert [title for title in titles if titles.count(title) > 1] == []
 
 
 @pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/**/*.svg")), ids=lambda path: path.name)
@@ -121,6 +129,7 @@ def test_links_that_leave_the_documentation() -> None:
 def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
     """Each kind of mistake is named, and the exit status says that there is one."""
     project = project_in(tmp_path)
+    repository = read_settings()["repo_url"]
     shutil.rmtree(project / "docs/how-to")
     for page in project.glob("docs/*.md"):
         page.unlink()
@@ -128,6 +137,8 @@ def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
         "# Start\n\n"
         "[a](no-page.md) [b](#no-anchor) [c](no-file.json) ![d](no-image.svg)\n\n"
         "[e](../CHANGELOG.md#no-change) [g](../no-program.py) [f][fastapi_async_sqlalchemy.no_name]\n\n"
+        f"[h]({repository}/blob/main/no-file.py#L1) [i]({repository}/tree/main/LICENSE)\n\n"
+        f"[j]({repository}/blob/main/pyproject.toml) [k]({repository}/tree/main/examples)\n\n"
         '<img src="https://elsewhere.example/image.svg">\n'
     )
     (project / "docs/forgotten.md").write_text("# Forgotten\n")
@@ -143,6 +154,8 @@ def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
         "no-file.json, which does not exist",
         "no-image.svg, which does not exist",
         "no-program.py, which does not exist",
+        "blob/main/no-file.py#L1, which the repository does not have",
+        "tree/main/LICENSE, which the repository does not have",
         "changelog/#no-change, which has no such anchor",
         "unresolved autoref",
         "fetches https://elsewhere.example/image.svg from another host",
@@ -151,6 +164,8 @@ def test_what_is_broken_fails_the_build(tmp_path: Path) -> None:
         "the nav names security.md twice",
     ):
         assert mistake in said, said
+    assert "pyproject.toml, which" not in said
+    assert "main/examples, which" not in said
     (project / "docs/index.md").write_text("# Start\n\n::: fastapi_async_sqlalchemy.no_name\n")
     status, said = build(project)
     assert status != 0
@@ -173,9 +188,10 @@ def test_api_has_every_public_name_and_no_other(site: Path) -> None:
 
 @pytest.mark.slow
 def test_texts_for_language_models(site: Path) -> None:
-    """`llms.txt` has a line for each page, whose Markdown is there; `llms-full.txt` holds them all."""
+    """`llms.txt` has a line for each page, and names `llms-full.txt`; each page is there as Markdown."""
     index = (site / "llms.txt").read_text("utf-8")
     full = (site / "llms-full.txt").read_text("utf-8")
+    assert "[llms-full.txt](llms-full.txt)" in index
     listed = re.findall(r"^- \[[^\]]+\]\(([\w/.-]+)\): \S.*$", index, re.MULTILINE)
     assert sorted(listed) == sorted(sources())
     for page in listed:
@@ -193,12 +209,32 @@ async def test_pages_in_a_browser(site: Path, address: str, browser: Browser, sc
     )
     for path in PAGES_IN_BROWSER:
         page = await context.new_page()
-        heard = complaints(page, address)
+        found = complaints(page, address)
         await page.goto(address + path, wait_until="networkidle")
-        assert heard == [], path
+        assert found == [], path
         shown = await page.evaluate("document.body.dataset.mdColorScheme")
         assert shown == ("slate" if scheme == "dark" else "default"), path
         assert await page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
+
+
+@pytest.mark.slow
+async def test_navigation_opens_each_page(site: Path, address: str, browser: Browser) -> None:
+    """From the start page, tabs and sidebar open each page by its title; no error, no other host."""
+    settings = read_settings()
+    page = await browser.new_page(viewport={"width": 1280, "height": 800})  # below 1220 the nav is a drawer
+    found = complaints(page, address)
+    await page.goto(address)
+    tabs, sidebar = page.locator(".md-tabs"), page.locator(".md-sidebar--primary")
+    for section in cast("list[dict[str, object]]", settings["nav"]):
+        for name, entries in section.items():
+            links = [tabs.get_by_role("link", name=name, exact=True)]  # opens the section's first page
+            titles = [title for title, _ in navigation(entries)]
+            links += [sidebar.get_by_role("link", name=title, exact=True) for title in titles[1:]]
+            for link, title in zip(links, titles, strict=True):
+                await link.click()
+                await expect(page).to_have_title(f"{title} - {settings['site_name']}")
+                await page.wait_for_load_state()
+    assert found == []
 
 
 @pytest.mark.slow
@@ -206,7 +242,7 @@ async def test_search_finds_a_page(site: Path, address: str, browser: Browser) -
     """A search without a network leads to the page that tells of its word."""
     title = (ROOT / "docs/how-to/propagation.md").read_text("utf-8").partition("\n")[0].removeprefix("# ")
     page = await browser.new_page()
-    heard = complaints(page, address)
+    found = complaints(page, address)
     await page.goto(address)
     await page.get_by_role("button", name="Search").click()
     await page.get_by_role("combobox").fill("savepoint propagation")
@@ -214,4 +250,4 @@ async def test_search_finds_a_page(site: Path, address: str, browser: Browser) -
     await linked.filter(has_text="savepoint").first.click()  # what was found, and not the menu
     await expect(page).to_have_url(re.compile("/how-to/propagation/"))
     await expect(page.get_by_role("heading", level=1)).to_contain_text(title)
-    assert heard == []
+    assert found == []

@@ -212,10 +212,10 @@ def _read_only(dialect: str) -> tuple[Callable[[Connection], None], Callable[...
 def _session_read_only(connection: Connection) -> None:
     """Make all transactions read-only: CREATE, DROP or TRUNCATE would end a single read-only one."""
     if _ACCESS not in connection.info:
-        shown = connection.exec_driver_sql(
+        access = connection.exec_driver_sql(
             "SHOW VARIABLES WHERE variable_name IN ('tx_read_only', 'transaction_read_only')"
         )
-        connection.info[_ACCESS] = "READ ONLY" if shown.all()[0][1] == "ON" else "READ WRITE"
+        connection.info[_ACCESS] = "READ ONLY" if access.all()[0][1] == "ON" else "READ WRITE"
     connection.info[_RESTORE_ACCESS] = True
     connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
 

@@ -57,7 +57,7 @@ def is_conflict(error: BaseException) -> bool:
         return False
     driver = error.orig
     if _is_node_not_ready(driver):
-        return True  # nothing was executed, not even a COMMIT; the connection is discarded all the same
+        return True  # nothing was executed, not even a COMMIT, although the connection is discarded
     if error.connection_invalidated:
         return False
     if driver.args[:1] == (_SAVEPOINT_LOST,) and driver.__context__ is not None:

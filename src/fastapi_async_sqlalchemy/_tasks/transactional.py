@@ -34,8 +34,8 @@ def transactional(
     ``alone`` returns whether the unit will be a new one: a part of a unit cannot be retried.
     """
     if not inspect.iscoroutinefunction(function):
-        shown, remedy = _safe_repr(function), _remedy(function)
-        message = f"transactional is for coroutine functions (`async def`), not {shown}: {remedy}."
+        described, remedy = _safe_repr(function), _remedy(function)
+        message = f"transactional is for coroutine functions (`async def`), not {described}: {remedy}."
         raise ConfigurationError(message)
 
     @functools.wraps(function)

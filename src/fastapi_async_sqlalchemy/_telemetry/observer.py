@@ -1,4 +1,4 @@
-"""Observers: the few moments of a unit of work that they are told of, and what they are told."""
+"""Observers: the few moments of a unit of work that they are notified of, and the facts they receive."""
 
 from __future__ import annotations
 

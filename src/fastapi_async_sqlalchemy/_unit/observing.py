@@ -86,7 +86,7 @@ class Opening:
         return self._engines.holding()
 
     def change(self, given: tuple[Observer, ...]) -> tuple[Observer, ...]:
-        """Replace the observers; return those that have come or gone."""
+        """Replace the observers; return those that were added or removed."""
         before, after = ({id(one): one for one in several} for several in (self.observers, given))
         self.given, self.observers = given, tuple(after.values())
         return tuple((before | after)[one] for one in before.keys() ^ after.keys())
@@ -113,7 +113,7 @@ class Opening:
 
 
 def observe(database: Database[Any], observers: tuple[Observer, ...]) -> None:
-    """Add observers to a database; one that it has already is told nothing twice."""
+    """Add observers to a database; one that it already has is not notified twice."""
     opening = _opening_of(database)
     new = opening.change(opening.given + observers)
     if opening.pool is not None:
@@ -130,9 +130,9 @@ def stop_observing(database: Database[Any], observers: tuple[Observer, ...]) -> 
     left = list(opening.given)
     for observer in observers:
         del left[next(at for at, one in enumerate(left) if one is observer)]
-    gone = opening.change(tuple(left))
+    removed = opening.change(tuple(left))
     if opening.pool is not None:
-        Observers(database.name, gone).tell("pool_released", opening.pool)
+        Observers(database.name, removed).tell("pool_released", opening.pool)
     if not (opening.observers or opening.callbacks):
         database.opening = None
 

@@ -212,7 +212,7 @@ class RequestUnit(UnitOfWork[Any]):
             await finish(self, decision)
         except Exception as error:
             logger.exception(
-                "COMMIT on %s failed after the response had started: the client has been told of a success "
+                "COMMIT on %s failed after the response had started: the client has received a success "
                 "that does not include what came later.",
                 self._database.name,
                 extra=self._database.shared.fields(None if session is None else session.hash_key),

@@ -54,7 +54,7 @@ class RealConnection:
     in_transaction: bool = True
     changed: bool = False
     """Its settings differ from those that a later user of the connection expects."""
-    _heard: list[Callable[..., Any]] = Factory(list["Callable[..., Any]"])
+    _ran: list[Callable[..., Any]] = Factory(list["Callable[..., Any]"])
     """The listeners to ``connect`` that have run, or that the engines had before."""
 
     def __attrs_post_init__(self) -> None:
@@ -89,16 +89,16 @@ class RealConnection:
 
     def know(self, own: Pool) -> None:
         """Record the ``connect`` listeners that an engine has before the sandbox."""
-        self._heard.extend(listeners_of(own))
+        self._ran.extend(listeners_of(own))
 
-    def unheard(self, own: Pool) -> list[Callable[..., Any]]:
+    def not_run(self, own: Pool) -> list[Callable[..., Any]]:
         """Return the listeners added to an engine since then that have not run."""
-        return [one for one in listeners_of(own) if one not in self._heard]
+        return [one for one in listeners_of(own) if one not in self._ran]
 
-    def hear(self, listener: Callable[..., Any], connection: object, record: ConnectionPoolEntry) -> None:
+    def run(self, listener: Callable[..., Any], connection: object, record: ConnectionPoolEntry) -> None:
         """Call a listener to ``connect``; one that fails is called again for the next connection."""
         listener(connection, record)
-        self._heard.append(listener)
+        self._ran.append(listener)
 
     def share_info(self, info: dict[Any, Any]) -> None:
         """Share what listeners have put in a connection's ``info``, without this package's entries."""
@@ -134,7 +134,7 @@ class RealConnection:
         finally:
             event.remove(own, "connect", mark)
         if fresh:
-            self.changed = bool(self.unheard(own))
+            self.changed = bool(self.not_run(own))
             self.know(own)
         dialect = engine.dialect
         try:

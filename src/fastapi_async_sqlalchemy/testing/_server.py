@@ -96,17 +96,17 @@ class SandboxServer:
     def introduce(self, own: Pool, connection: LogicalConnection, record: ConnectionPoolEntry) -> None:
         """Run the ``connect`` listeners added to an engine inside the sandbox; others have run."""
         session = self._session_at_work()
-        while self.connection.unheard(own) and self._open and not self._lies_inside(self._open[-1], session):
+        while self.connection.not_run(own) and self._open and not self._lies_inside(self._open[-1], session):
             self._wait()
-        new = self.connection.unheard(own)
+        new = self.connection.not_run(own)
         if new and not (self._open or self.connection.has_written()):
             with self._outside_transaction(Logical(self, autocommits=False)):
                 for listener in new:
-                    self.connection.hear(listener, self.real, record)
+                    self.connection.run(listener, self.real, record)
         else:
             connection._logical.refuses = _LATE
             for listener in new:
-                self.connection.hear(listener, connection, record)
+                self.connection.run(listener, connection, record)
             connection._logical.refuses = ""
         self.connection.share_info(record.info)
 
@@ -301,7 +301,7 @@ class SandboxServer:
     def _finish(self, statement: str) -> None:
         try:
             self.connection.send(statement)
-        except Exception as error:  # noqa: BLE001  # any error: the savepoint is gone
+        except Exception as error:  # noqa: BLE001  # any error: the savepoint no longer exists
             self._lose(_BY_DATABASE, error)
 
     def _leave(self, transaction: Logical, *, committed: bool) -> None:
