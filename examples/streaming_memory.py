@@ -1,8 +1,8 @@
-"""The memory that a long CSV export needs; `python -m examples.streaming_memory 1000000` measures it.
+"""The memory that a long CSV export needs; `make example NAME=streaming_memory` measures it.
 
 It serves examples/streaming.py with uvicorn, on an SQLite file and on PostgreSQL, and reads the whole CSV.
 It prints how much the process grew, with server, client and SQLite together, and how much it grows if all
-rows are loaded at the same time. It needs the development requirements.
+rows are loaded at the same time. ARGS=100000 sets the number of rows.
 """
 
 import argparse
@@ -62,7 +62,7 @@ async def measure(name: str, url: str, count: int) -> None:
 def main() -> None:
     """Measure both databases."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.streaming_memory", description="Measure the memory of a CSV export."
+        prog="make example NAME=streaming_memory", description="Measure the memory of a CSV export."
     )
     parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="the number of rows (1000000)")
     count = parser.parse_args().rows

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Generator
@@ -23,6 +22,7 @@ from examples.bookshop.databases import shop
 from examples.bookshop.migrating import upgrade
 from examples.bookshop.models import Book, Isbn
 from examples.bookshop.settings import Settings
+from examples.quickstart import listen
 from tests.support.databases import Judge
 from tests.support.redis import RedisMissingError, own_redis
 from tests.support.replication import hot_standby, primary_server
@@ -84,14 +84,6 @@ def worker() -> Generator[int]:
     finally:
         process.terminate()
         process.wait()
-
-
-def listen(port: int) -> socket.socket:
-    """Listen on a local port, or on a free one if that port is taken."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError:
-        return socket.create_server(("127.0.0.1", 0))
 
 
 def main() -> None:

@@ -5,11 +5,11 @@ It needs the development requirements, which include PostgreSQL as a wheel, and 
 
 import os
 import signal
-import socket
 from contextlib import suppress
 
 import uvicorn
 
+from examples.quickstart import POST, listen
 from examples.replicas.app import create_app
 from tests.support.replication import PROGRAMS, hot_standby, primary_server
 
@@ -33,15 +33,6 @@ Kill the primary, promote the standby, and write again.
 
 Ctrl-C stops the program and removes the servers.
 """
-POST = "curl -i -H 'Content-Type: application/json' -d"
-
-
-def listen(port: int) -> socket.socket:
-    """Listen on a local port, or on a free one if that port is taken."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError:
-        return socket.create_server(("127.0.0.1", 0))
 
 
 def main() -> None:
