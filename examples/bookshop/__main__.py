@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import uvicorn
 
-from examples.bookshop.app import create_app
+from examples.bookshop.app import from_environment
 from examples.bookshop.databases import shop
 from examples.bookshop.migrating import upgrade
 from examples.bookshop.models import Book, Isbn
-from examples.bookshop.settings import Settings
+from examples.bookshop.settings import Settings, SettingsError
 from examples.quickstart import listen
 from tests.support.databases import Judge
 from tests.support.redis import RedisMissingError, own_redis
@@ -95,10 +95,10 @@ def main() -> None:
     with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="bookshop-") as folder, ExitStack() as exits:
         try:
             environment = exits.enter_context(servers(Path(folder), with_replica=with_replica))
-        except RedisMissingError as error:
+            os.environ.update(environment)
+            settings = Settings.from_environment()
+        except (RedisMissingError, SettingsError) as error:
             sys.exit(str(error))
-        os.environ.update(environment)
-        settings = Settings.from_environment()
         upgrade(settings)
         asyncio.run(stock(settings))
         exits.enter_context(worker())
@@ -109,7 +109,7 @@ def main() -> None:
             flush=True,
         )
         print(f"Confirmations are in {settings.mail_folder}. Ctrl-C ends the shop.", flush=True)
-        config = uvicorn.Config(create_app(settings), timeout_graceful_shutdown=10)
+        config = uvicorn.Config(from_environment(), timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])
 
 
