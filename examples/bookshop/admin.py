@@ -92,6 +92,6 @@ def add_admin(app: FastAPI, settings: Settings) -> None:
         settings.admin_secret.get_secret_value(),
         https_only=settings.admin_https,
     )
-    admin = Admin(app, session_maker=UnitSessions(), authentication_backend=login)
+    admin = Admin(app, session_maker=UnitSessions(class_=ShopSession), authentication_backend=login)
     for view in (Books, Orders, Outbox):
         admin.add_view(view)

@@ -18,7 +18,8 @@ def print_spans() -> None:
 
 def line(span: ReadableSpan) -> str:
     """Return the beginning of the trace's id, the span's duration, its name and some attributes."""
+    context, attributes = span.get_span_context(), span.attributes or {}
+    identity = trace.format_trace_id(context.trace_id)[:6] if context else ""
     milliseconds = ((span.end_time or 0) - (span.start_time or 0)) / 1e6
-    attributes = span.attributes or {}
     words = [span.name, *(str(attributes[name]) for name in SHOWN if name in attributes)]
-    return f"{trace.format_trace_id(span.context.trace_id)[:6]} {milliseconds:8.1f} ms  {'  '.join(words)}\n"
+    return f"{identity} {milliseconds:8.1f} ms  {'  '.join(words)}\n"
