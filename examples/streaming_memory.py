@@ -2,7 +2,7 @@
 
 It serves examples/streaming.py with uvicorn, on an SQLite file and on PostgreSQL, and reads the whole CSV.
 It prints how much the process grew, with server, client and SQLite together, and how much it grows if all
-rows are loaded at the same time. ARGS=100000 sets the number of rows.
+rows are loaded at the same time. ARGS=100000 asks for fewer rows.
 """
 
 import argparse
@@ -62,10 +62,11 @@ async def measure(name: str, url: str, count: int) -> None:
 def main() -> None:
     """Measure both databases."""
     parser = argparse.ArgumentParser(
-        prog="make example NAME=streaming_memory", description="Measure the memory of a CSV export."
+        prog="python -m examples.streaming_memory", description="Measure the memory of a CSV export."
     )
     parser.add_argument("rows", type=int, nargs="?", default=1_000_000, help="the number of rows (1000000)")
     count = parser.parse_args().rows
+    print(f"Measures {count:,} rows on SQLite, then on PostgreSQL; a million takes a minute.", flush=True)
     with TemporaryDirectory() as folder:
         asyncio.run(measure("SQLite", f"sqlite+aiosqlite:///{Path(folder, 'readings.db')}", count))
     with postgresql_server() as server, fresh_database(server) as url:

@@ -1,7 +1,7 @@
 """Run the whole shop: PostgreSQL, Redis, migrations, a worker and the web server; Ctrl-C stops them all.
 
-It needs the development requirements, a redis-server on the PATH, and port 8000 or PORT. With --replica a
-standby serves the reads. All data is temporary; README.md has the commands for a deployment.
+It needs the development requirements, and a redis-server on the PATH. With --replica a standby serves the
+reads. All data is temporary; README.md has the commands for a deployment.
 """
 
 import argparse
@@ -31,6 +31,13 @@ BOOKS = (
     Book(isbn=Isbn("9780141439518"), title="Pride and Prejudice", cents=799, stock=100),
     Book(isbn=Isbn("9780141439600"), title="A Tale of Two Cities", cents=899, stock=1),
 )
+GUIDE = """
+Open  {url}/docs
+Open  {url}/admin  (any user name, and the password: {password})
+
+examples/bookshop/README.md has commands to try. Confirmations are in {mail_folder}.
+Ctrl-C ends the shop.
+"""
 WORKER = (
     *("-m", "taskiq", "worker", "examples.bookshop.worker:create_worker"),
     *("--workers", "1", "--max-async-tasks", "5"),
@@ -104,11 +111,8 @@ def main() -> None:
         exits.enter_context(worker())
         listener = exits.enter_context(listen(int(os.environ.get("PORT", "8000"))))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        print(
-            f"Open {url}/docs, or {url}/admin with the password {environment['BOOKSHOP_ADMIN_PASSWORD']!r}.",
-            flush=True,
-        )
-        print(f"Confirmations are in {settings.mail_folder}. Ctrl-C ends the shop.", flush=True)
+        password = environment["BOOKSHOP_ADMIN_PASSWORD"]
+        print(GUIDE.format(url=url, password=password, mail_folder=settings.mail_folder), flush=True)
         config = uvicorn.Config(from_environment(), timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])
 

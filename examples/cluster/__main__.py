@@ -1,7 +1,7 @@
 """Start etcd, three PostgreSQL under Patroni, HAProxy and the application, with clients that write.
 
-Ctrl-C ends them and removes all that they stored. The URL names all servers; with --haproxy it names HAProxy.
-It needs the development requirements, and the programs etcd and haproxy.
+Ctrl-C ends them and removes all that they stored. The application's URL names all servers; with --haproxy it
+names HAProxy. It needs the development requirements, and the programs etcd and haproxy.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Clients:
     """Clients that write one note after another, and record which of them were acknowledged."""
 
     url: str
-    told: set[str] = Factory(set[str])
+    acknowledged: set[str] = Factory(set[str])
     refused: Counter[str] = Factory(Counter[str])
     longest: float = 0.0
 
@@ -68,7 +68,7 @@ class Clients:
                     continue
                 self.longest = max(self.longest, monotonic() - begun)
                 if response.status_code == 201:
-                    self.told.add(key)
+                    self.acknowledged.add(key)
                 else:
                     self.refused[response.text] += 1
                 await asyncio.sleep(0.05)
@@ -76,15 +76,16 @@ class Clients:
     def summary(self) -> str:
         """Return the responses so far."""
         refused = ", ".join(f"{count} {answer}" for answer, count in self.refused.items()) or "none"
-        return f"told {len(self.told)}, longest answer {self.longest:.1f} s, refused: {refused}"
+        acknowledged = f"acknowledged {len(self.acknowledged)}"
+        return f"{acknowledged}, longest response {self.longest:.1f} s, refused: {refused}"
 
     async def lost(self) -> str:
         """Count the acknowledged notes that are missing."""
         try:
             async with primary() as unit:
-                return str(len(self.told - set(await unit.session.scalars(select(Note.key)))))
+                return str(len(self.acknowledged - set(await unit.session.scalars(select(Note.key)))))
         except (DBAPIError, OSError) as error:
-            return f"unknown, for there is no leader ({type(error).__name__})"
+            return f"unknown, because there is no leader ({type(error).__name__})"
 
 
 async def watch(cluster: Cluster) -> None:
@@ -102,13 +103,13 @@ async def watch(cluster: Cluster) -> None:
 async def kill_leader(cluster: Cluster) -> None:
     """Kill the leader, and restart it later."""
     leader = await asyncio.to_thread(cluster.leader)
-    print(f"kills {leader.name}", flush=True)
+    print(f"killing {leader.name}", flush=True)
     await asyncio.to_thread(leader.kill)
     await asyncio.sleep(ABSENCE)
     leader.start()
 
 
-async def tell(clients: Clients) -> None:
+async def report(clients: Clients) -> None:
     """Print the responses to the clients."""
     while True:
         await asyncio.sleep(5)
@@ -130,7 +131,7 @@ async def run(cluster: Cluster, *, proxied: bool) -> None:
         loop.add_signal_handler(signal.SIGUSR1, lambda: start(kill_leader(cluster)))
         control = patronictl(cluster.members[0])
         print(GUIDE.format(url=address.url, patronictl=control, absence=ABSENCE), flush=True)
-        for work in (watch(cluster), tell(clients), *map(clients.write, range(WRITERS))):
+        for work in (watch(cluster), report(clients), *map(clients.write, range(WRITERS))):
             start(work)
         await ended.wait()
         for task in tasks:

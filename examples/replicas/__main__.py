@@ -1,6 +1,6 @@
 """Start a primary, a hot standby and the application; Ctrl-C stops them and removes their data.
 
-It needs the development requirements, which include PostgreSQL as a wheel, and port 8000 or PORT.
+It needs the development requirements, which include PostgreSQL as a wheel.
 """
 
 import os
@@ -26,7 +26,7 @@ Pause replay on the standby, and write.
 The standby does not have the note yet: 404. With its X-Position instead of 0/0, the primary serves it.
   curl {url}/notes/2
   curl -H 'X-Position: 0/0' {url}/notes/2
-Kill the primary, promote the standby, and write again.
+Kill the primary, promote the standby, and write again; repeat the last command if it is answered 503.
   kill -QUIT {pid}
   {psql} -p {standby} -c 'SELECT pg_promote()'
   {post} '{{"text": "third"}}' {url}/notes

@@ -45,11 +45,11 @@ async def test_program_ends_what_it_started() -> None:
                 sys.executable, "-m", "examples.cluster.kill", cwd=ROOT, env=environment
             )
             assert await kill.wait() == 0
-            await process.stdout.readuntil(b"kills db")
+            await process.stdout.readuntil(b"killing db")
             process.send_signal(signal.SIGTERM)
             rest, _ = await process.communicate()
         assert process.returncode == 0
-        assert re.search(rb"told [1-9]\d*, .*; lost: ", rest), rest
+        assert re.search(rb"acknowledged [1-9]\d*, .*; lost: ", rest), rest
         left = [
             one for one in psutil.process_iter(["cmdline"]) if str(place.path) in str(one.info["cmdline"])
         ]

@@ -19,6 +19,7 @@ from httpx2 import AsyncClient, Response
 
 from tests.support.commands import Curl
 from tests.support.databases import JudgeFor
+from tests.support.leftovers import temporary_place
 from tests.support.pages import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -231,6 +232,22 @@ async def test_chat(tmp_path: Path) -> None:
 def needs(package: str) -> pytest.MarkDecorator:
     """Skip a test without a package of requirements/guides.in, which is not in the lowest row."""
     return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
+
+
+async def test_memory() -> None:
+    """The program prints the memory for a CSV, and for all rows at once, on each database."""
+    with temporary_place() as place:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "examples.streaming_memory", "2000"),
+            cwd=ROOT,
+            env={**os.environ, **place.environment},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        printed, _ = await process.communicate()
+        lines = r"^(\w+): 2,000 rows(?:, | at once: ).*MB more$"
+        measured = re.findall(lines, printed.decode(), re.MULTILINE)
+        assert (process.returncode, measured) == (0, ["SQLite", "SQLite", "PostgreSQL", "PostgreSQL"])
+        assert (place.servers(), place.data()) == ([], [])
 
 
 @needs("fastapi_pagination")
