@@ -68,6 +68,15 @@ test-servers: venv ## deploy on uvicorn, gunicorn, hypercorn and granian, in a m
 test-cluster: venv ## lose leaders and nodes of clusters, some six minutes; needs etcd, haproxy and Galera (ARGS as above)
 	$(bin)/pytest -m cluster $(ARGS) tests/failover
 
+# Each prints what to try, and examples/README.md says what it shows.
+examples := $(filter-out __init__,$(patsubst examples/%.py,%,$(wildcard examples/*.py))) \
+	$(patsubst examples/%/__main__.py,%,$(wildcard examples/*/__main__.py))
+
+.PHONY: example
+example: $(if $(filter $(NAME),$(examples)),venv) ## run an example: NAME=streaming; without a name, list them
+	$(if $(filter $(NAME),$(examples)),,$(error Choose an example, such as NAME=streaming: $(sort $(examples))))
+	$(bin)/python -W ignore -m examples.$(NAME) $(ARGS)
+
 # The demo has a small separate environment, so that a newcomer does not wait for what the tests need.
 .PHONY: demo
 demo: ## serve a small bank and a page that draws each request's transaction

@@ -1,7 +1,12 @@
-"""Prices that are read through a cache, which never stores uncommitted values."""
+"""Prices that are read through a cache, which never stores uncommitted values.
+
+`make example NAME=caching` serves them with a cache in memory. With Redis, pass a RedisCache to
+`create_app()`.
+"""
 
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
 from typing import Protocol, cast
@@ -13,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from examples.quickstart import serve
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
 
 KEEP = 30.0
@@ -136,12 +142,38 @@ class Prices:
         await self.cache.put(f"price:{product.id}", product.version, price.model_dump_json())
 
 
+@asynccontextmanager
+async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+    """Create the table with one product."""
+    await db.create_all(Base.metadata)
+    async with db.begin() as unit:
+        if await unit.session.get(Product, 1) is None:
+            unit.session.add(Product(id=1, cents=100))
+    yield
+
+
 def create_app(url: str, cache: Cache) -> FastAPI:
-    """Create the application."""
+    """Create the application; its responses tell how long they have used the database."""
     prices, router = Prices(cache), APIRouter()
     router.add_api_route("/prices/{number}", prices.read)
     router.add_api_route("/prices/{number}", prices.write, methods=["PUT"])
-    app = FastAPI()
-    app.add_middleware(CacheMiddleware, db_url=url, commit_on_exit=True)
+    app = FastAPI(title="Prices", lifespan=lifespan)
+    app.add_middleware(CacheMiddleware, db_url=url, commit_on_exit=True, server_timing=True)
     app.include_router(router)
     return app
+
+
+GUIDE = """
+Open  {url}/docs
+
+Read a price twice: the second response has no header Server-Timing, because it did not use the database.
+  curl -i {url}/prices/1
+  curl -i {url}/prices/1
+Change the price, then read the new one; it comes from the cache, which was filled after COMMIT.
+  curl -i -X PUT '{url}/prices/1?cents=250'
+  curl -i {url}/prices/1
+"""
+
+
+if __name__ == "__main__":
+    serve(lambda url: create_app(url, MemoryCache()), GUIDE)

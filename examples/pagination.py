@@ -1,4 +1,4 @@
-"""Pagination with fastapi-pagination; `uvicorn --factory examples.pagination:create_app` serves it."""
+"""Pagination with fastapi-pagination; `make example NAME=pagination` serves thirty tasks in pages."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from examples.quickstart import serve
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
 
@@ -47,9 +48,9 @@ async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     yield
 
 
-def create_app(url: str = "sqlite+aiosqlite:///tasks.db") -> FastAPI:
-    """Create the application."""
-    app = FastAPI(lifespan=lifespan)
+def create_app(url: str) -> FastAPI:
+    """Create the application for one database."""
+    app = FastAPI(title="Tasks", lifespan=lifespan)
     app.add_middleware(SQLAlchemyMiddleware, db_url=url)
 
     @app.get("/tasks")
@@ -60,3 +61,16 @@ def create_app(url: str = "sqlite+aiosqlite:///tasks.db") -> FastAPI:
 
     add_pagination(app)
     return app
+
+
+GUIDE = """
+Open  {url}/docs
+
+Read the first page of five tasks, and the last one. Each also has the number of tasks and of pages.
+  curl '{url}/tasks?size=5'
+  curl '{url}/tasks?size=5&page=6'
+"""
+
+
+if __name__ == "__main__":
+    serve(create_app, GUIDE)

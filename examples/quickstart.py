@@ -2,11 +2,14 @@
 
 It needs this package with its extra [sqlite], and uvicorn. Every request is one transaction: a status
 below 400 commits it before the client receives the response; anything else rolls it back.
+
+The other examples use `serve()`, too. A URL after the command names a database to use instead of the file.
 """
 
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -119,7 +122,7 @@ def create_app(db_url: str) -> FastAPI:
 
 
 GUIDE = """
-Open  {url}{page}
+Open  {url}/docs
 
 Read the balances:
   curl {url}/accounts
@@ -129,8 +132,6 @@ Make COMMIT fail: there is no account zoe, so the response is a 409, and alice's
   {post} '{{"sender": "alice", "receiver": "zoe", "amount": 30}}' {url}/transfers
 Make a statement fail: carol has less money than that, and bob's balance is also unchanged.
   {post} '{{"sender": "carol", "receiver": "bob", "amount": 999}}' {url}/transfers
-
-Ctrl-C stops the program and removes the database.
 """
 POST = "curl -i -H 'Content-Type: application/json' -d"
 
@@ -143,17 +144,21 @@ def listen(port: int) -> socket.socket:
         return socket.create_server(("127.0.0.1", 0))
 
 
-def serve(make_app: Callable[[str], FastAPI], page: str) -> None:
-    """Serve an application on a temporary SQLite file until Ctrl-C, or SIGTERM, which does the same."""
+def serve(make_app: Callable[[str], FastAPI], guide: str) -> None:
+    """Serve an application, by default on a temporary SQLite file, until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     port = int(os.environ.get("PORT", "8000"))
-    with TemporaryDirectory(prefix="quickstart-") as folder, listen(port) as listener:
-        app = make_app(f"sqlite+aiosqlite:///{Path(folder, 'bank.db').as_posix()}")
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        print(GUIDE.format(url=url, page=page, post=POST), flush=True)
+    with TemporaryDirectory(prefix="example-") as folder, listen(port) as listener:
+        temporary = f"sqlite+aiosqlite:///{Path(folder, 'example.db').as_posix()}"
+        app = make_app(sys.argv[1] if sys.argv[1:] else temporary)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        print(guide.format(url=f"http://{address}", address=address, post=POST, python=sys.executable))
+        print("Ctrl-C stops the program and removes its temporary files.\n", flush=True)
+        # a stream of events does not end by itself
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":
-    serve(create_app, "/docs")
+    serve(create_app, GUIDE)

@@ -1,19 +1,18 @@
-"""Teams and their tickets, with SQLModel's models and typed session: `python examples/sqlmodel_app.py`.
+"""Teams and their tickets, with SQLModel's models and typed session: `make example NAME=sqlmodel_app`.
 
-It needs this package with its extra [sqlite], sqlmodel and uvicorn. DATABASE_URL names another database.
+The application needs this package and sqlmodel.
 """
 
-import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, Relationship, SQLModel, col, select
 from sqlmodel.ext.asyncio.session import AsyncSession
 
+from examples.quickstart import serve
 from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
 
 TicketsMiddleware, tickets_db = create_middleware_and_session_proxy(AsyncSession)
@@ -140,5 +139,21 @@ def create_app(db_url: str) -> FastAPI:
     return app
 
 
+GUIDE = """
+Open  {url}/docs
+
+Add a team, and a ticket for it.
+  {post} '{{"name": "web"}}' {url}/teams
+  {post} '{{"title": "a broken link"}}' {url}/teams/web/tickets
+Read the team with its tickets.
+  curl {url}/teams/web
+Finish the ticket; the second time the response is a 409.
+  curl -i -X POST {url}/tickets/1/done
+  curl -i -X POST {url}/tickets/1/done
+Add another team of that name: its constraint is violated, and the response is a 409.
+  {post} '{{"name": "web"}}' {url}/teams
+"""
+
+
 if __name__ == "__main__":
-    uvicorn.run(create_app(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///tickets.db")))
+    serve(create_app, GUIDE)

@@ -1,24 +1,20 @@
-"""Long responses: a CSV of any size, and server-sent events; `python examples/streaming.py` serves them.
-
-It needs this package with its extra [sqlite], and uvicorn. DATABASE_URL names another database.
-"""
+"""Long responses: a CSV of any size, and server-sent events; `make example NAME=streaming` serves them."""
 
 import asyncio
 import csv
 import json
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from io import StringIO
 from typing import Any
 
-import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy import event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from examples.quickstart import serve
 from fastapi_async_sqlalchemy import EngineArgs, SQLAlchemyMiddleware, db
 
 ROWS_AT_A_TIME = 1000
@@ -157,6 +153,18 @@ def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
     return app
 
 
+GUIDE = """
+Open  {url}/docs
+
+Follow the newest reading in a second terminal; the command prints each event, until Ctrl-C.
+  curl -N {url}/events
+Add two readings here: each is an event there, once it is committed.
+  {post} '{{"place": "attic", "celsius": 31}}' {url}/readings
+  {post} '{{"place": "cellar", "celsius": 12}}' {url}/readings
+Read all readings as CSV; make example NAME=streaming_memory measures a million of them.
+  curl {url}/readings.csv
+"""
+
+
 if __name__ == "__main__":
-    served = create_app(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///readings.db"))
-    uvicorn.run(served, timeout_graceful_shutdown=3)  # nothing else ends a stream of events
+    serve(create_app, GUIDE)

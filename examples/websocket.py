@@ -1,28 +1,22 @@
 """A chat: each message is a unit of work, and is sent to the room once it is committed.
 
-`python examples/websocket.py` serves it on an SQLite file; it needs this package with its extra [sqlite],
-uvicorn and websockets. DATABASE_URL names another database. In two terminals:
-
-    python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=ann'
-    python -m websockets 'ws://127.0.0.1:8000/rooms/kitchen?name=bob'
-
-The rooms belong to one process. Several processes need a channel between them, such as Redis.
+`make example NAME=websocket` serves it. uvicorn needs the package websockets, which also has a client. The
+rooms belong to one process; several processes need a channel between them, such as Redis.
 """
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Annotated
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Query, WebSocket, WebSocketDisconnect
 from sqlalchemy import CheckConstraint, String, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from examples.quickstart import serve
 from fastapi_async_sqlalchemy import EngineArgs, PoolTimeoutError, SQLAlchemyMiddleware, db
 
 BACKLOG = 20
@@ -156,5 +150,15 @@ def create_app(db_url: str, engine_args: EngineArgs | None = None) -> FastAPI:
     return app
 
 
+GUIDE = """
+Join the room as ann and as bob, each in a separate terminal. What one of them types, both receive.
+  {python} -m websockets 'ws://{address}/rooms/kitchen?name=ann'
+  {python} -m websockets 'ws://{address}/rooms/kitchen?name=bob'
+Join as joe later, to receive the messages that were sent before.
+  {python} -m websockets 'ws://{address}/rooms/kitchen?name=joe'
+Send a message of more than 200 characters: only its sender is told that the database refused it.
+"""
+
+
 if __name__ == "__main__":
-    uvicorn.run(create_app(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///chat.db")))
+    serve(create_app, GUIDE)

@@ -1,14 +1,13 @@
 """Run the whole shop: PostgreSQL, Redis, migrations, a worker and the web server; Ctrl-C stops them all.
 
-It needs the development requirements, a redis-server on the PATH, and port 8000 or PORT. With --replica a
-standby serves the reads. All data is temporary; README.md has the commands for a deployment.
+It needs the development requirements, and a redis-server on the PATH. With --replica a standby serves the
+reads. All data is temporary; README.md has the commands for a deployment.
 """
 
 import argparse
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Generator
@@ -18,11 +17,12 @@ from tempfile import TemporaryDirectory
 
 import uvicorn
 
-from examples.bookshop.app import create_app
+from examples.bookshop.app import from_environment
 from examples.bookshop.databases import shop
 from examples.bookshop.migrating import upgrade
 from examples.bookshop.models import Book, Isbn
-from examples.bookshop.settings import Settings
+from examples.bookshop.settings import Settings, SettingsError
+from examples.quickstart import listen
 from tests.support.databases import Judge
 from tests.support.redis import RedisMissingError, own_redis
 from tests.support.replication import hot_standby, primary_server
@@ -31,6 +31,13 @@ BOOKS = (
     Book(isbn=Isbn("9780141439518"), title="Pride and Prejudice", cents=799, stock=100),
     Book(isbn=Isbn("9780141439600"), title="A Tale of Two Cities", cents=899, stock=1),
 )
+GUIDE = """
+Open  {url}/docs
+Open  {url}/admin  (any user name, and the password: {password})
+
+examples/bookshop/README.md has commands to try. Confirmations are in {mail_folder}.
+Ctrl-C ends the shop.
+"""
 WORKER = (
     *("-m", "taskiq", "worker", "examples.bookshop.worker:create_worker"),
     *("--workers", "1", "--max-async-tasks", "5"),
@@ -86,14 +93,6 @@ def worker() -> Generator[int]:
         process.wait()
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on a local port, or on a free one if that port is taken."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError:
-        return socket.create_server(("127.0.0.1", 0))
-
-
 def main() -> None:
     """Serve until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m examples.bookshop", description="Run the bookshop.")
@@ -103,21 +102,18 @@ def main() -> None:
     with suppress(KeyboardInterrupt), TemporaryDirectory(prefix="bookshop-") as folder, ExitStack() as exits:
         try:
             environment = exits.enter_context(servers(Path(folder), with_replica=with_replica))
-        except RedisMissingError as error:
+            os.environ.update(environment)
+            settings = Settings.from_environment()
+        except (RedisMissingError, SettingsError) as error:
             sys.exit(str(error))
-        os.environ.update(environment)
-        settings = Settings.from_environment()
         upgrade(settings)
         asyncio.run(stock(settings))
         exits.enter_context(worker())
         listener = exits.enter_context(listen(int(os.environ.get("PORT", "8000"))))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        print(
-            f"Open {url}/docs, or {url}/admin with the password {environment['BOOKSHOP_ADMIN_PASSWORD']!r}.",
-            flush=True,
-        )
-        print(f"Confirmations are in {settings.mail_folder}. Ctrl-C ends the shop.", flush=True)
-        config = uvicorn.Config(create_app(settings), timeout_graceful_shutdown=10)
+        password = environment["BOOKSHOP_ADMIN_PASSWORD"]
+        print(GUIDE.format(url=url, password=password, mail_folder=settings.mail_folder), flush=True)
+        config = uvicorn.Config(from_environment(), timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])
 
 

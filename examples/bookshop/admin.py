@@ -1,14 +1,16 @@
-"""The optional admin interface: sqladmin behind a password, on the application's pool."""
+"""The optional admin interface: sqladmin behind a password, in units of the shop."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from secrets import compare_digest
 from typing import Any, ClassVar, TypeAlias
 
 from fastapi import FastAPI, Request
 from sqladmin import Admin, ModelView
 from sqladmin.authentication import AuthenticationBackend
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
+from examples.bookshop.databases import ShopSession, shop
 from examples.bookshop.models import Book, Message, Order
 from examples.bookshop.settings import Settings
 
@@ -40,6 +42,21 @@ class Password(AuthenticationBackend):
         return request.session.get("admin") is True
 
 
+@asynccontextmanager
+async def unit_session() -> AsyncGenerator[ShopSession]:
+    """Open a unit and yield its session, which sqladmin commits."""
+    async with shop() as unit:
+        yield unit.session
+
+
+class UnitSessions(async_sessionmaker[ShopSession]):
+    """Opens a unit when sqladmin needs a session, so that observers see it."""
+
+    def __call__(self, **_: Any) -> AbstractAsyncContextManager[ShopSession]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # it is for `async with` alone
+        """Return the session for `async with`."""
+        return unit_session()
+
+
 class Books(ModelView, model=Book):
     """Prices and stock."""
 
@@ -66,17 +83,15 @@ class Outbox(ModelView, model=Message):
     can_create = can_edit = False
 
 
-def add_admin(app: FastAPI, settings: Settings) -> async_sessionmaker[AsyncSession]:
-    """Add the admin at /admin if a password is set; bind the returned sessions to the engine at startup."""
-    sessions = async_sessionmaker(class_=AsyncSession)
+def add_admin(app: FastAPI, settings: Settings) -> None:
+    """Add the admin at /admin if a password is set."""
     if not settings.admin_password or not settings.admin_secret:
-        return sessions
+        return
     login = Password(
         settings.admin_password.get_secret_value(),
         settings.admin_secret.get_secret_value(),
         https_only=settings.admin_https,
     )
-    admin = Admin(app, session_maker=sessions, authentication_backend=login)
+    admin = Admin(app, session_maker=UnitSessions(class_=ShopSession), authentication_backend=login)
     for view in (Books, Orders, Outbox):
         admin.add_view(view)
-    return sessions

@@ -14,19 +14,22 @@ from examples.bookshop.databases import (
     ShopMiddleware,
     engine_args,
     observers_of,
-    shop,
 )
 from examples.bookshop.errors import add_error_handlers
 from examples.bookshop.health import LIVE, READY, health
 from examples.bookshop.orders import Wake
 from examples.bookshop.routes import router
 from examples.bookshop.settings import Settings
+from examples.bookshop.telemetry import print_spans
 from examples.bookshop.worker import queue
 
 
 def from_environment() -> FastAPI:
     """Create the application with the settings of the environment."""
-    return create_app(Settings.from_environment())
+    settings = Settings.from_environment()
+    if settings.telemetry:
+        print_spans()
+    return create_app(settings)
 
 
 def create_app(
@@ -37,12 +40,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         async with AsyncExitStack() as exits:
-            admin_sessions.configure(bind=shop.engine)
             app.state.wake = wake or await exits.enter_async_context(queue(settings.redis_url))
             yield
 
     app = FastAPI(title="Bookshop", lifespan=lifespan)
-    admin_sessions = add_admin(app, settings)
+    add_admin(app, settings)
     app.include_router(router)
     app.include_router(health)
     add_error_handlers(app)
@@ -57,7 +59,9 @@ def add_databases(app: FastAPI, settings: Settings, tracer_provider: TracerProvi
     """
     observers = observers_of(settings, tracer_provider)
     if settings.telemetry:
-        FastAPIInstrumentor.instrument_app(app, tracer_provider=tracer_provider)
+        FastAPIInstrumentor.instrument_app(
+            app, tracer_provider=tracer_provider, exclude_spans=["receive", "send"]
+        )
     pool, apart = engine_args(settings.pool_size), [LIVE, READY]
     app.add_middleware(
         ReportingMiddleware,

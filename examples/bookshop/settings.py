@@ -1,5 +1,8 @@
 """The service's settings, read from environment variables at startup; all errors are reported together."""
 
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -12,7 +15,7 @@ PREFIX = "BOOKSHOP_"
 
 
 class SettingsError(Exception):
-    """The environment is incomplete or has invalid values; the text has a line for each."""
+    """The environment is incomplete, or has invalid values or names; the text has a line for each."""
 
 
 def postgresql(url: str | URL) -> URL:
@@ -67,11 +70,25 @@ class Settings(BaseSettings):
     @classmethod
     def from_environment(cls) -> Self:
         """Read all settings, or raise SettingsError with all problems."""
+        lines = [*cls.unknown_variables()]
         try:
-            return cls.model_validate({})
+            settings = cls.model_validate({})
         except ValidationError as error:
-            lines = [
+            lines += [
                 f"{PREFIX}{'_'.join(map(str, one['loc'])).upper() or '*'}: {one['msg']}"
                 for one in error.errors(include_url=False, include_input=False, include_context=False)
             ]
             raise SettingsError("\n".join(lines)) from None
+        if lines:
+            raise SettingsError("\n".join(lines))
+        return settings
+
+    @classmethod
+    def unknown_variables(cls) -> Iterator[str]:
+        """Complain of variables that are no settings; pydantic-settings would ignore a misspelt one."""
+        known = {field.upper() for field in cls.model_fields}
+        for name in sorted(os.environ):
+            prefix, field = name[: len(PREFIX)].upper(), name[len(PREFIX) :].upper()
+            if prefix == PREFIX and field not in known:
+                close = [f"; did you mean {PREFIX}{one}?" for one in get_close_matches(field, known, n=1)]
+                yield f"{name}: there is no such setting{''.join(close)}"

@@ -20,6 +20,7 @@ from examples.bookshop.deliveries import Deliveries
 from examples.bookshop.orders import Wake
 from examples.bookshop.outbox import drain
 from examples.bookshop.settings import Settings
+from examples.bookshop.telemetry import print_spans
 
 QUEUE, TASK = "bookshop", "drain"
 
@@ -43,6 +44,8 @@ class PatientBroker(ListQueueBroker):
 def create_worker() -> AsyncBroker:
     """Create the worker's broker with the settings of the environment."""
     worker = Worker(Settings.from_environment())
+    if worker.settings.telemetry:
+        print_spans()
     broker = PatientBroker(worker.settings.redis_url, queue_name=QUEUE)
 
     @broker.task(task_name=TASK)

@@ -1,7 +1,7 @@
 """Start etcd, three PostgreSQL under Patroni, HAProxy and the application, with clients that write.
 
-Ctrl-C ends them and removes all that they stored. The URL names all servers; with --haproxy it names HAProxy.
-It needs the development requirements, and the programs etcd and haproxy.
+Ctrl-C ends them and removes all that they stored. The application's URL names all servers; with --haproxy it
+names HAProxy. It needs the development requirements, and the programs etcd and haproxy.
 """
 
 import argparse
@@ -76,9 +76,8 @@ class Clients:
     def summary(self) -> str:
         """Return the responses so far."""
         refused = ", ".join(f"{count} {answer}" for answer, count in self.refused.items()) or "none"
-        return (
-            f"acknowledged {len(self.acknowledged)}, longest answer {self.longest:.1f} s, refused: {refused}"
-        )
+        acknowledged = f"acknowledged {len(self.acknowledged)}"
+        return f"{acknowledged}, longest response {self.longest:.1f} s, refused: {refused}"
 
     async def lost(self) -> str:
         """Count the acknowledged notes that are missing."""
@@ -86,7 +85,7 @@ class Clients:
             async with primary() as unit:
                 return str(len(self.acknowledged - set(await unit.session.scalars(select(Note.key)))))
         except (DBAPIError, OSError) as error:
-            return f"unknown, there is no leader ({type(error).__name__})"
+            return f"unknown, because there is no leader ({type(error).__name__})"
 
 
 async def watch(cluster: Cluster) -> None:
@@ -104,7 +103,7 @@ async def watch(cluster: Cluster) -> None:
 async def kill_leader(cluster: Cluster) -> None:
     """Kill the leader, and restart it later."""
     leader = await asyncio.to_thread(cluster.leader)
-    print(f"kills {leader.name}", flush=True)
+    print(f"killing {leader.name}", flush=True)
     await asyncio.to_thread(leader.kill)
     await asyncio.sleep(ABSENCE)
     leader.start()

@@ -1,7 +1,7 @@
 """Serve the bank and its page until Ctrl-C."""
 
 from examples.demo.app import create_app
-from examples.quickstart import serve
+from examples.quickstart import GUIDE, serve
 
 if __name__ == "__main__":
-    serve(create_app, "/")
+    serve(create_app, GUIDE.replace("/docs", "/"))

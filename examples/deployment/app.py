@@ -1,6 +1,7 @@
 """Orders from a stock, for any ASGI server: `uvicorn examples.deployment.app:app --workers 2`.
 
-The settings are environment variables: DATABASE_URL, and POOL_SIZE and MAX_OVERFLOW for each process.
+The settings are environment variables: DATABASE_URL, and POOL_SIZE and MAX_OVERFLOW for each process. The
+database is PostgreSQL by asyncpg, and a migration has created the tables of tables.py.
 """
 
 import asyncio

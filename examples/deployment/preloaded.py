@@ -1,6 +1,7 @@
 """An application that reads from the database while it is loaded, for `gunicorn --preload`.
 
-The engine has a connection before the workers are forked; each worker opens separate ones.
+DATABASE_URL names the database, as for app.py. The engine has a connection before the workers are forked;
+each worker opens separate ones.
 """
 
 import asyncio

@@ -1,1 +1,1 @@
-"""A primary and its replica; `python -m examples.replicas` starts both and an application on them."""
+"""A primary and its replica; `make example NAME=replicas` starts both and an application on them."""

@@ -1,15 +1,15 @@
 """Start a primary, a hot standby and the application; Ctrl-C stops them and removes their data.
 
-It needs the development requirements, which include PostgreSQL as a wheel, and port 8000 or PORT.
+It needs the development requirements, which include PostgreSQL as a wheel.
 """
 
 import os
 import signal
-import socket
 from contextlib import suppress
 
 import uvicorn
 
+from examples.quickstart import POST, listen
 from examples.replicas.app import create_app
 from tests.support.replication import PROGRAMS, hot_standby, primary_server
 
@@ -26,22 +26,13 @@ Pause replay on the standby, and write.
 The standby does not have the note yet: 404. With its X-Position instead of 0/0, the primary serves it.
   curl {url}/notes/2
   curl -H 'X-Position: 0/0' {url}/notes/2
-Kill the primary, promote the standby, and write again.
+Kill the primary, promote the standby, and write again; repeat the last command if it is answered 503.
   kill -QUIT {pid}
   {psql} -p {standby} -c 'SELECT pg_promote()'
   {post} '{{"text": "third"}}' {url}/notes
 
 Ctrl-C stops the program and removes the servers.
 """
-POST = "curl -i -H 'Content-Type: application/json' -d"
-
-
-def listen(port: int) -> socket.socket:
-    """Listen on a local port, or on a free one if that port is taken."""
-    try:
-        return socket.create_server(("127.0.0.1", port))
-    except OSError:
-        return socket.create_server(("127.0.0.1", 0))
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""The shop's application, which enqueues a task for each order: `uvicorn --factory ...app:create_app`."""
+"""The shop's application, which enqueues a task for each order.
+
+`uvicorn --factory examples.task_queues.app:create_app` serves it; shop.py names what it needs.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager

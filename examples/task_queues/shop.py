@@ -1,4 +1,8 @@
-"""The tables of a small shop, and the work of its tasks, which all task queues share."""
+"""The tables of a small shop, and the work of its tasks, which all task queues share.
+
+The application and the workers need a PostgreSQL database with these tables, and Redis. The
+environment variables DATABASE_URL and REDIS_URL name them.
+"""
 
 import os
 from datetime import datetime

@@ -121,7 +121,7 @@ def test_settings_come_from_the_environment(settings: Settings, monkeypatch: pyt
 
 
 def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All missing and invalid values are reported at once, without a password."""
+    """All missing and invalid values and misspelt names are reported at once, without a password."""
     variables = {
         "BOOKSHOP_SHOP_URL": "mysql://app:secret@localhost/shop",
         "BOOKSHOP_REDIS_URL": "localhost",
@@ -129,6 +129,8 @@ def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         "BOOKSHOP_POOL_SIZE": "0",
         "BOOKSHOP_SWEEP_SECONDS": "soon",
         "BOOKSHOP_ADMIN_PASSWORD": "secret",
+        "BOOKSHOP_REPLICA": "secret",
+        "bookshop_colour": "secret",
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -142,4 +144,16 @@ def test_settings_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         "BOOKSHOP_POOL_SIZE": "Input should be greater than 0",
         "BOOKSHOP_SWEEP_SECONDS": "Input should be a valid integer, unable to parse string as an integer",
         "BOOKSHOP_ADMIN_PASSWORD": "Value should have at least 16 items after validation, not 6",
+        "BOOKSHOP_REPLICA": "there is no such setting; did you mean BOOKSHOP_REPLICA_URL?",
+        "bookshop_colour": "there is no such setting",
     }
+
+
+def test_name_that_is_wrong(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt name is an error even if all values are right, and names of other programs are not."""
+    for name, value in {**environment(settings), "BOOKSHOPS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_environment().pool_size == 10
+    monkeypatch.setenv("BOOKSHOP_POOLSIZE", "20")
+    with pytest.raises(SettingsError, match=r"^BOOKSHOP_POOLSIZE: .*did you mean BOOKSHOP_POOL_SIZE"):
+        Settings.from_environment()

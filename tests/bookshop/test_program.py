@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -68,12 +69,20 @@ async def replay(command: str, client: AsyncClient) -> None:
     assert same_answer(body, response.text), (line, response.text)
 
 
+def traces(text: str) -> list[list[str]]:
+    """Return the spans of each trace that is printed in a text, without ids and durations."""
+    found = defaultdict[str, list[str]](list)
+    for trace, span in re.findall(r"^(\w{6}) +[\d.]+ ms  (.+)$", text, re.MULTILINE):
+        found[trace].append(span)
+    return [*found.values()]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("postgresql_server", "redis_url")  # the user of root's servers is there, and a Redis
 async def test_readme_is_true() -> None:
-    """The program starts, each curl command of the README is answered as shown, and SIGTERM ends it."""
+    """Each curl command of the README is answered as shown, an order has its spans, and SIGTERM ends all."""
     with temporary_place() as place:
-        async with bookshop(**place.environment) as process:
+        async with bookshop(**place.environment, BOOKSHOP_TELEMETRY="on") as process:
             assert process.stdout
             guide = (await process.stdout.readuntil(b"ends the shop.")).decode()
             found = re.search(r"(http://[^/]+)/docs", guide)
@@ -83,7 +92,10 @@ async def test_readme_is_true() -> None:
                     await replay(command, client)
             assert [mail.name for mail in place.path.glob("bookshop-*/mail/*.eml")] == ["order-1.eml"]
             process.send_signal(signal.SIGTERM)
-            await process.communicate()
+            printed, _ = await process.communicate()
+        (shown,), orders = traces(README), traces(printed.decode())
+        assert shown[-1] == "POST /orders"
+        assert shown in orders
         assert process.returncode == 0
         assert (place.servers(), place.data(), list(place.path.glob("bookshop-*"))) == ([], [], [])
 

@@ -263,6 +263,18 @@ async def test_shop_without_an_admin(settings: Settings) -> None:
         assert (await visit.client.get("/admin/book/list")).status_code == 404
 
 
+async def test_admin_works_in_units(settings: Settings) -> None:
+    """A page of the admin has a unit of work, as observers see."""
+    login = {"username": "admin", "password": "a password for tests"}
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    async with visiting(settings.model_copy(update={"telemetry": True}), provider) as visit:
+        await visit.client.post("/admin/login", data=login)
+        spans.clear()
+        assert (await visit.client.get("/admin/book/list")).status_code == 200
+    assert "unit of work" in {span.name for span in spans.get_finished_spans()}
+
+
 async def test_telemetry(settings: Settings) -> None:
     """With telemetry an order is one trace, from the request to COMMIT."""
     spans, provider = InMemorySpanExporter(), TracerProvider()

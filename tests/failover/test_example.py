@@ -45,7 +45,7 @@ async def test_program_ends_what_it_started() -> None:
                 sys.executable, "-m", "examples.cluster.kill", cwd=ROOT, env=environment
             )
             assert await kill.wait() == 0
-            await process.stdout.readuntil(b"kills db")
+            await process.stdout.readuntil(b"killing db")
             process.send_signal(signal.SIGTERM)
             rest, _ = await process.communicate()
         assert process.returncode == 0

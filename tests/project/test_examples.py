@@ -1,15 +1,9 @@
-"""The quickstart keeps its promises: on PostgreSQL under load, and as the program that a newcomer starts."""
+"""The quickstart keeps its promises on PostgreSQL under load."""
 
 import asyncio
 import itertools
-import os
-import re
-import signal
-import socket
-import sys
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import asynccontextmanager
 
 import pytest
 from httpx2 import AsyncClient, HTTPError
@@ -18,11 +12,9 @@ from sqlalchemy import AsyncAdaptedQueuePool
 from examples.quickstart import create_app
 from fastapi_async_sqlalchemy import db
 from fastapi_async_sqlalchemy.testing import SandboxedApp
-from tests.support.commands import Curl
 from tests.support.databases import Judge, JudgeFor
 from tests.support.serving import asgi_client, serve
 
-ROOT = Path(__file__).parent.parent.parent
 NAMES = ("alice", "bob", "carol")
 CLIENTS = 20
 UNTOUCHED = [("alice", 100), ("bob", 100), ("carol", 100)]
@@ -137,64 +129,3 @@ async def test_acknowledged_transfers_survive_a_restart(postgresql_url: str, jud
         told |= take_all(acknowledged)
         await assert_books_agree(judge, told)
     assert len(told) >= 100
-
-
-@asynccontextmanager
-async def started(
-    program: list[str], port: int, temporary: Path
-) -> AsyncGenerator[asyncio.subprocess.Process]:
-    """Start the program as a newcomer does; whatever happens, it is gone afterwards."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, *program),
-        cwd=ROOT,
-        env={**os.environ, "PORT": str(port), "TMPDIR": str(temporary)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
-
-
-def names(folder: Path) -> list[str]:
-    """Return what is in a folder."""
-    return [path.name for path in folder.iterdir()]
-
-
-async def follow(guide: str) -> None:
-    """Do what the printed guide says, in its order, and see what it says that one will see."""
-    commands = [Curl.parse(line) for line in re.findall(r"^ +(curl .+)$", guide, re.MULTILINE)]
-    read, write, fail_at_commit, fail_at_statement = commands
-    async with AsyncClient(base_url=f"http://{read.url.host}:{read.url.port}", timeout=30) as client:
-        assert (await client.get("/docs")).status_code == 200
-        assert (await read.send(client)).json() == [{"name": name, "balance": 100} for name in NAMES]
-        assert (await write.send(client)).status_code == 201
-        for failing in (fail_at_commit, fail_at_statement):
-            response = await failing.send(client)
-            assert (response.status_code, list(response.json())) == (409, ["refused"])
-        left = {account["name"]: account["balance"] for account in (await read.send(client)).json()}
-        assert left == {"alice": 70, "bob": 130, "carol": 100}
-
-
-@pytest.mark.parametrize(
-    ("program", "ending"),
-    [(["examples/quickstart.py"], signal.SIGINT), (["-m", "examples.demo"], signal.SIGTERM)],
-    ids=["quickstart", "demo"],
-)
-async def test_newcomer_follows_the_printed_guide(
-    program: list[str], ending: signal.Signals, tmp_path: Path
-) -> None:
-    """The program finds a free port, its printed commands do what it says of them, and a signal ends it."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        async with started(program, taken.getsockname()[1], tmp_path) as process:
-            assert process.stdout
-            await follow((await process.stdout.readuntil(b"Ctrl-C")).decode())
-            assert names(tmp_path) != []
-            process.send_signal(ending)
-            _, log = await process.communicate()
-            assert process.returncode == 0, log.decode()
-            assert b"Traceback" not in log
-            assert names(tmp_path) == []

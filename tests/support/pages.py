@@ -9,7 +9,7 @@ import fastapi
 from attrs import frozen
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(
     r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs FastAPI (?P<fastapi>[\d.]+)) -->\n+)?"
     r"```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
