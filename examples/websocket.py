@@ -156,7 +156,7 @@ Join the room as ann and as bob, each in a separate terminal. What one of them t
   {python} -m websockets 'ws://{address}/rooms/kitchen?name=bob'
 Join as joe later, to receive the messages that were sent before.
   {python} -m websockets 'ws://{address}/rooms/kitchen?name=joe'
-Send a message of more than 200 characters: only its sender is told that the database refused it.
+Send a message of more than 200 characters: only its sender learns that the database refused it.
 """
 
 
