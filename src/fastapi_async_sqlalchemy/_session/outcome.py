@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from sqlalchemy import event
-from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
 from sqlalchemy.util import await_only
@@ -17,10 +17,13 @@ from sqlalchemy.util import await_only
 from .._arguments.engines import place_of
 from ..exceptions import PartialCommitError, UnexpectedRollbackError
 from .ledger import BLANK
+from .replaced import has_others
 from .restoring import note_flushed, note_unflushed
-from .state import task_name
+from .state import Shared, task_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sqlalchemy.engine import Connection, Transaction
     from sqlalchemy.orm import SessionTransaction
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 BROKEN: Final = "it was rolled back in the middle of a block that had joined it"
+_ABORTED: Final = "a statement in it failed and the database has given the transaction up"
 OWN_UNIT: Final = (
     "await the block's task before the unit commits, rolls back or ends, or give the block a separate unit "
     "by propagation='requires_new'"
@@ -83,6 +87,7 @@ def _before_commit(session: StatefulSession) -> None:
         require_commit(session)
     if state.exposed:
         state.wait_for_exposed()
+        _ask_exposed(state)
     state.committing = True
 
 
@@ -129,20 +134,31 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
     """Raise if the transaction is lost; some databases answer COMMIT with a rollback and no error."""
     failure, reason = ledger.failure, "the database has rolled it back after a conflict"
     if not ledger.lost:
-        if _answers(ledger):
+        if _answer(ledger.failed_on):
             ledger.forgive()
             return
-        reason = "a statement in it failed and the database has given the transaction up"
+        reason = _ABORTED
         ledger.failure = failure  # not that of the query above
     raise UnexpectedRollbackError(database, reason) from failure
 
 
-def _answers(ledger: Ledger) -> bool:
-    """Check, on every connection on which a statement failed, whether its transaction goes on."""
+def _ask_exposed(state: SessionState) -> None:
+    """Check the connections that user code has, if its listener may have replaced an error on one unseen."""
+    asked = [
+        one
+        for one in state.exposed
+        if not (one.closed or one.invalidated) and has_others(one.dialect.dispatch.handle_error, Shared)
+    ]
+    if state.ledger is not BLANK and not _answer(asked):
+        raise UnexpectedRollbackError(state.shared.name, _ABORTED)
+
+
+def _answer(connections: Iterable[Connection]) -> bool:
+    """Whether the transaction goes on, on every connection on which a statement may have failed."""
     try:
-        for connection in ledger.failed_on:
+        for connection in connections:
             connection.execute(text("SELECT 1"))
-    except SQLAlchemyError:
+    except Exception:  # noqa: BLE001  # a user's listener may replace it by any
         return False
     return True
 
@@ -186,6 +202,8 @@ def note_committed(session: StatefulSession) -> None:
 def refuse_half(session: StatefulSession, error: BaseException) -> None:
     """Raise ``PartialCommitError`` if only some of a session's connections were committed."""
     state = session._fastapi_async_sqlalchemy
+    if state.committing:
+        state.shared.note_replaced(session, error, committing=True)
     if state.committing:  # the database has not refused: a listener has failed
         note_committed(session)
         if len(state.ledger.committed_on) == len(state.ledger.written_on):

@@ -83,6 +83,10 @@ class Shared:
         """Listen to an engine; a second call has no effect."""
         raise NotImplementedError
 
+    def note_replaced(self, session: StatefulSession, error: BaseException, *, committing: bool) -> None:
+        """Note an error of the driver's that a user's listener has replaced."""
+        raise NotImplementedError
+
     def fields(
         self,
         unit: int | None = None,

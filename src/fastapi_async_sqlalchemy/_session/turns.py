@@ -55,7 +55,7 @@ def exclusive(method: Callable[..., T], name: str = "") -> Callable[..., T]:
         try:
             result = method(session, *args, **kwargs)
         except BaseException as error:
-            _translate(state, error)
+            _translate(session, state, error)
             raise
         finally:
             _leave(session, state, task, outer)
@@ -119,7 +119,7 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
                 bind_arguments=bind_arguments,
             )
         except BaseException as error:
-            _translate(state, error)
+            _translate(session, state, error)
             raise
         finally:
             _leave(session, state, task, outer)
@@ -278,11 +278,13 @@ def _refuse_between_rows(state: SessionState, task: asyncio.Task[Any] | None, na
         raise ConcurrentUseError(state.shared.name, attempt, _STREAM_LEFT)
 
 
-def _translate(state: SessionState, error: BaseException) -> None:
+def _translate(session: StatefulSession, state: SessionState, error: BaseException) -> None:
     """Replace an error by a more specific one of this package."""
     clear_frames(error)
     if not isinstance(error, Exception):
         return
+    if state.operation not in ENDINGS:
+        state.shared.note_replaced(session, error, committing=False)
     name = state.shared.name
     if state.closed:
         raise UnitClosedError(name) from error

@@ -1,12 +1,12 @@
 """Listeners to the engines' events, which report statements and errors to the session at work.
 
-Only events of the dialect are used: a listener of any other kind switches the whole engine to a slower
-path.
+Events of the dialect are used where they do: a listener of any other kind switches the whole engine to a
+slower path.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from attrs import Factory, define
@@ -16,6 +16,7 @@ from .._dialects.errors import begin_in_time, discard_refused, is_transaction_lo
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
 from .outcome import check_again, note_committed
+from .replaced import has_others, replaced
 from .state import Shared, note_begun, note_statement, task_at_work
 from .streams import watch_connection_stream
 from .turns import refuse_to_lose_rows
@@ -24,12 +25,16 @@ from .watched import watched_class
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Engine, ExceptionContext, ExecutionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext, ExecutionContext
     from sqlalchemy.engine.interfaces import DBAPICursor
     from sqlalchemy.orm import Session
 
     from .models import Models
+    from .state import StatefulSession
     from .watched import WatchedSession
+
+_EXECUTIONS: Final = ("do_execute", "do_executemany", "do_execute_no_params")
+"""The events of a dialect that may execute a statement."""
 
 
 @define(eq=False, repr=False)
@@ -39,6 +44,8 @@ class Watch(Shared):
     classes: dict[tuple[type[Session], Models | None], type[WatchedSession]] = Factory(
         dict["tuple[type[Session], Models | None]", "type[WatchedSession]"]
     )
+    crowded: WeakSet[Engine] = Factory(WeakSet["Engine"])
+    """The engines whose statements a user's listener may execute itself, so that no further one is called."""
     readers: WeakSet[Engine] = Factory(WeakSet["Engine"])
     """The engines whose plain reads may be sent without a transaction."""
     guarded: dict[type[Session], Models] = Factory(dict["type[Session]", "Models"])
@@ -66,27 +73,35 @@ class Watch(Shared):
         self.loops.follow(engine)
         if self.taken_in is not None:
             self.taken_in(engine)
-        for name, listener in self._listeners(engine):
-            event.listen(engine.dialect, name, listener)  # engines derived from one another share it
+        dispatch = engine.dialect.dispatch
+        if any(has_others(getattr(dispatch, name), Shared) for name in _EXECUTIONS):
+            self.crowded.add(engine)
+        for target, name, listener in self._listeners(engine):
+            event.listen(target, name, listener)
 
     def leave(self) -> None:
         """Stop listening, until a session comes to an engine again."""
         for engine in list(self.loops.engines):
-            for name, listener in self._listeners(engine):
-                if event.contains(engine.dialect, name, listener):
-                    event.remove(engine.dialect, name, listener)
+            for target, name, listener in self._listeners(engine):
+                if event.contains(target, name, listener):
+                    event.remove(target, name, listener)
         self.loops.engines.clear()
         self.engine = None
 
-    def _listeners(self, engine: Engine) -> list[tuple[str, Callable[..., bool | None]]]:
-        listeners: list[tuple[str, Callable[..., bool | None]]] = [
-            ("do_execute", self._do_execute),
-            ("do_executemany", self._do_execute),
-            ("do_execute_no_params", self._do_execute_no_params),
-            ("handle_error", self._handle_error),
-        ]
+    def _listeners(self, engine: Engine) -> list[tuple[Engine | Dialect, str, Callable[..., bool | None]]]:
+        dialect = engine.dialect  # engines derived from one another share it
+        listeners: list[tuple[Engine | Dialect, str, Callable[..., bool | None]]]
+        listeners = [(dialect, "handle_error", self._handle_error)]
+        if engine in self.crowded:
+            listeners.append((engine, "before_cursor_execute", self._before_cursor_execute))
+        else:
+            listeners += [
+                (dialect, "do_execute", self._do_execute),
+                (dialect, "do_executemany", self._do_execute),
+                (dialect, "do_execute_no_params", self._do_execute_no_params),
+            ]
         if engine in self.readers:
-            listeners.append(("do_execute", self._send_alone))
+            listeners.append((dialect, "do_execute", self._send_alone))
         return listeners
 
     def read_alone(self, engine: Engine) -> None:
@@ -147,6 +162,22 @@ class Watch(Shared):
 
     def _do_execute_no_params(self, cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         self._do_execute(cursor, statement, None, context)
+
+    def _before_cursor_execute(
+        self,
+        _connection: Connection,
+        cursor: DBAPICursor,
+        statement: str,
+        values: object,
+        context: ExecutionContext,
+        _many: bool,  # noqa: FBT001  # SQLAlchemy's
+    ) -> None:
+        self._do_execute(cursor, statement, values, context)
+
+    def note_replaced(self, session: StatefulSession, error: BaseException, *, committing: bool) -> None:
+        """Note an error of the driver's that a user's listener has replaced."""
+        for context in replaced(session, error, committing=committing):
+            self._handle_error(context)
 
     def _handle_error(self, context: ExceptionContext) -> None:
         session = None if context.connection is None else self.session_of(context.connection)
