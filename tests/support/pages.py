@@ -1,5 +1,6 @@
 """The blocks of the documentation; `python -m tests.support.pages FOLDER` writes Python for type checkers."""
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,41 @@ def blocks(page: Path) -> Iterator[Block]:
         reason = found["reason"] or older_fastapi(found["fastapi"])
         quoted = ROOT / found["title"] if (found["title"] or "").startswith("examples/") else None
         yield Block(page, line, found["language"], found["text"], reason, quoted)
+
+
+def quoted_parts(block: Block) -> list[range]:
+    """Return the lines of the file that each part of a quote shows; none if it is not in the file.
+
+    A line `...` or `# ...` stands for lines left out, and so ends a part.
+    """
+    assert block.quoted is not None
+    source = block.quoted.read_text("utf-8")
+    parts = re.split(r"^ *(?:# )?\.\.\.\n", block.text, flags=re.MULTILINE)
+    in_turn = ".*?".join(f"^({re.escape(part)})" for part in parts)
+    found = re.search(in_turn, source, re.DOTALL | re.MULTILINE)
+    if found is None:
+        return []
+    starts = [source.count("\n", 0, found.start(number + 1)) + 1 for number in range(len(parts))]
+    return [range(start, start + part.count("\n")) for start, part in zip(starts, parts, strict=True)]
+
+
+def headless(block: Block) -> Iterator[str]:
+    """Yield the functions and classes of which a quote shows a part, and not what the part belongs to.
+
+    That is a docstring, or a body after lines left out, without its `def`, or a `def` without its decorators.
+    """
+    assert block.quoted is not None
+    parts = quoted_parts(block)
+    shown = {line for part in parts for line in part}
+    for node in ast.walk(ast.parse(block.quoted.read_text("utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        heads = {node.lineno, *(decorator.lineno for decorator in node.decorator_list)}
+        body = {line for line in shown if node.lineno < line <= (node.end_lineno or 0)}
+        has_docstring = ast.get_docstring(node) is not None and node.body[0].lineno in body
+        is_entered = bool(body) and min(body) in {part.start for part in parts[1:]}
+        if not heads <= shown and (node.lineno in shown or has_docstring or is_entered):
+            yield node.name
 
 
 def older_fastapi(needed: str | None) -> str | None:
