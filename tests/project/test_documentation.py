@@ -77,6 +77,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     ids=page_id,
 )
 @pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
+@pytest.mark.filterwarnings("ignore:The declarative_mixin decorator:DeprecationWarning")  # advanced-alchemy's
 def test_page_does_what_it_says(
     page: Path, module: ModuleType, with_test_databases: Callable[[str], str], subtests: pytest.Subtests
 ) -> None:

@@ -4,15 +4,15 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import fastapi
 from attrs import frozen
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(
-    r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs FastAPI (?P<fastapi>[\d.]+)) -->\n+)?"
+    r"^(?:<!-- (?:not executed: (?P<reason>.+?)|needs (?P<needed>[\w-]+)(?: (?P<version>[\d.]+))?) -->\n+)?"
     r"```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -37,7 +37,7 @@ def blocks(page: Path) -> Iterator[Block]:
     source = page.read_text("utf-8")
     for found in FENCE.finditer(source):
         line = source.count("\n", 0, found.start("text")) + 1
-        reason = found["reason"] or older_fastapi(found["fastapi"])
+        reason = found["reason"] or (missing(found["needed"], found["version"]) if found["needed"] else None)
         quoted = ROOT / found["title"] if (found["title"] or "").startswith("examples/") else None
         yield Block(page, line, found["language"], found["text"], reason, quoted)
 
@@ -77,11 +77,15 @@ def headless(block: Block) -> Iterator[str]:
             yield node.name
 
 
-def older_fastapi(needed: str | None) -> str | None:
-    """Say why a block that needs a FastAPI cannot be executed: the installed one is older."""
-    if needed is None or _numbers(fastapi.__version__) >= _numbers(needed):
+def missing(needed: str, lowest: str | None) -> str | None:
+    """Say why a block that needs a package, or a version of it, cannot be executed."""
+    try:
+        installed = version(needed)
+    except PackageNotFoundError:
+        return f"{needed} is not installed"
+    if lowest is None or _numbers(installed) >= _numbers(lowest):
         return None
-    return f"it needs FastAPI {needed}, and this is {fastapi.__version__}"
+    return f"it needs {needed} {lowest}, and this is {installed}"
 
 
 def _numbers(version: str) -> list[int]:
