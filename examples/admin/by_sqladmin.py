@@ -1,11 +1,15 @@
 """The shop with sqladmin, whose sessions all belong to units."""
 
+# sqladmin uses a session maker for `async with` alone:
+# mypy: disable-error-code="override"
+# pyright: reportIncompatibleMethodOverride=false
+
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from sqladmin import Admin, ModelView
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -23,7 +27,7 @@ async def unit_session() -> AsyncGenerator[AsyncSession]:
 class UnitSessions(async_sessionmaker[AsyncSession]):
     """Opens a unit when sqladmin needs a session."""
 
-    def __call__(self, **_: Any) -> AbstractAsyncContextManager[AsyncSession]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # it is for `async with` alone
+    def __call__(self, **_: Any) -> AbstractAsyncContextManager[AsyncSession]:
         """Return the session for `async with`."""
         return unit_session()
 
@@ -33,13 +37,7 @@ class ProductAdmin(ModelView, model=Product):
 
     column_list = ("id", "name", "price")
 
-    async def on_model_change(
-        self,
-        data: dict[str, Any],
-        model: Product,  # noqa: ARG002  # sqladmin passes it
-        is_created: bool,  # noqa: ARG002, FBT001  # sqladmin passes it
-        request: Request,  # noqa: ARG002  # sqladmin passes it
-    ) -> None:
+    async def on_model_change(self, data: dict[str, Any], *_: Any) -> None:
         """Announce the change once it is committed."""
         db.unit.on_commit(partial(announce, data["name"]))
 

@@ -1,6 +1,6 @@
 """The tables of two databases, and the names of their constraints."""
 
-from sqlalchemy import CheckConstraint, ForeignKey, MetaData, String
+from sqlalchemy import CheckConstraint, ForeignKey, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAMES = {
@@ -51,4 +51,4 @@ class Entry(AuditBase):
     __tablename__ = "entry"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
+    text: Mapped[str] = mapped_column(Text)

@@ -1,6 +1,7 @@
 """The shop's tasks with Celery: `celery -A examples.task_queues.with_celery worker --concurrency 2`."""
 
 # Celery has no types:
+# mypy: disable-error-code="import-untyped, untyped-decorator"
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 
 import os
@@ -9,11 +10,8 @@ from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from celery import Celery  # type: ignore[import-untyped]  # Celery has no types
-from celery.signals import (  # type: ignore[import-untyped]  # Celery has no types
-    worker_process_init,
-    worker_process_shutdown,
-)
+from celery import Celery
+from celery.signals import worker_process_init, worker_process_shutdown
 
 from examples.task_queues import shop
 from fastapi_async_sqlalchemy import db
@@ -68,7 +66,7 @@ async def reserve_in_unit(order_id: int) -> bool:
     return await shop.reserve(order_id)
 
 
-@app.task(soft_time_limit=60, time_limit=90)  # type: ignore[untyped-decorator]  # Celery has no types
+@app.task(soft_time_limit=60, time_limit=90)
 def reserve(order_id: int) -> bool:
     """Reserve an order; its unit is committed before the message is acknowledged."""
     return loop.run(reserve_in_unit, order_id)

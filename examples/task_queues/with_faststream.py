@@ -37,8 +37,9 @@ async def enqueue(order_id: int) -> None:
 
 @asynccontextmanager
 async def lifespan() -> AsyncGenerator[None]:
-    """Bind the broker's engine to the pair while the worker runs."""
+    """Bind the broker's engine to the pair while the worker runs, and create the table of messages."""
     async with db.connect(engine):
+        await db.create_all(shop.Base.metadata)
         yield
     await engine.dispose()
 

@@ -19,8 +19,7 @@ from fastapi_async_sqlalchemy import UnitOfWork, db
 class TaskBroker(RedisStreamBroker):
     """A stream that redelivers unacknowledged messages after `idle_timeout`, and deletes acknowledged ones.
 
-    taskiq-redis 1.0.9 takes messages over under a lock, which a killed worker may never release; 1.2.4
-    does so only after a new message has arrived.
+    taskiq-redis 1.0.9 takes messages over under a lock, which a killed worker may never release.
     """
 
     async def listen(self) -> AsyncGenerator[AckableMessage]:

@@ -140,7 +140,7 @@ async def test_two_relays(shop: Shop, redis: Any, workers: Workers, orders: list
 @pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
 @pytest.mark.slow
 async def test_faststream_outbox(with_faststream: Any, shop: Shop, workers: Workers) -> None:
-    """A message is stored with its order, or not at all; killed in its middle, the task is done once."""
+    """A message is stored with its order, or not at all; its task is done once, though workers are killed."""
     from examples.task_queues.shop import Order  # noqa: PLC0415  # it reads the environment
 
     async with db.connect(shop.url):
@@ -160,6 +160,14 @@ async def test_faststream_outbox(with_faststream: Any, shop: Shop, workers: Work
             await until(shop.waiting)
             worker.kill()
     assert (await shop.stock(), await shop.judge.scalar("SELECT count(*) FROM task_outbox")) == (1000, 1)
+    with workers.run(command, LEASE_SECONDS="1") as worker:
+        async with shop.locked() as lock:
+            await until(shop.waiting)
+            async with shop.locked("LOCK TABLE task_outbox IN SHARE MODE"):
+                await lock.rollback()
+                await until(shop.reserved)  # committed, while the message cannot be deleted
+                worker.kill()
+    assert (await shop.stock(), await shop.judge.scalar("SELECT count(*) FROM task_outbox")) == (997, 1)
     with workers.run(command, LEASE_SECONDS="1"):
         await until(lambda: is_done(shop))
     assert (await shop.stock(), await shop.reserved()) == (997, 1)

@@ -19,6 +19,7 @@ pytest.importorskip("taskiq", reason=REASON)
 from redis.asyncio import Redis
 
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware
+from tests.support.databases import JudgeFor
 from tests.support.queues import PATIENCE, PAUSED, ROOT, Shop, Worker, Workers, until
 from tests.support.redis import own_redis
 from tests.support.serving import asgi_client
@@ -106,6 +107,19 @@ async def test_taskiq_repeats_conflicts(shop: Shop, redis: Any, taskiq: Any, wor
         assert [result.return_value for result in results] == [True] * 5
         left = await taskiq.stock.kiq("pen")
         assert (await left.wait_result(timeout=PATIENCE)).return_value == 995
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_tables_are_created(
+    postgresql_url: str, judge_for: JudgeFor, workers: Workers, times: int
+) -> None:
+    """The command makes the tables and fills the stock, and a second time it changes nothing."""
+    judge = await judge_for(postgresql_url)
+    for _ in range(times):
+        with workers.run("examples.task_queues.tables") as command:
+            assert command.process.wait(PATIENCE) == 0, command.log.read_text()
+    assert await judge.rows("SELECT name, stock FROM product") == [("pen", 1000)]
+    assert await judge.scalar('SELECT count(*) FROM "order"') == 0
 
 
 async def test_enqueued_after_commit(shop: Shop, redis: Any, client: AsyncClient, workers: Workers) -> None:

@@ -20,7 +20,7 @@ import fastapi_async_sqlalchemy
 from fastapi_async_sqlalchemy import db
 from tests.support.commands import replay
 from tests.support.databases import fresh_database
-from tests.support.pages import PAGES, ROOT, Block, blocks
+from tests.support.pages import PAGES, ROOT, Block, blocks, headless, quoted_parts
 from tests.support.versions import survives_cancellation
 
 CUTTING_OFF = {"many-tasks"}
@@ -77,6 +77,7 @@ def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     ids=page_id,
 )
 @pytest.mark.filterwarnings("ignore:(?s).*session.exec:DeprecationWarning")  # SQLModel, of its own execute()
+@pytest.mark.filterwarnings("ignore:The declarative_mixin decorator:DeprecationWarning")  # advanced-alchemy's
 def test_page_does_what_it_says(
     page: Path, module: ModuleType, with_test_databases: Callable[[str], str], subtests: pytest.Subtests
 ) -> None:
@@ -99,13 +100,13 @@ def test_page_does_what_it_says(
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_quotes_are_true(page: Path) -> None:
-    """A block titled with an example is part of that file; a line `...` stands for lines left out."""
+    """A block titled with an example is part of that file, and shows no body without its `def` line."""
     for block in blocks(page):
         if block.quoted is not None:
-            source = block.quoted.read_text("utf-8")
-            parts = re.split(r"^ *(?:# )?\.\.\.\n", block.text, flags=re.MULTILINE)
-            in_turn = ".*".join(re.escape(part) for part in parts)
-            assert re.search(in_turn, source, re.DOTALL), f"{page_id(page)}:{block.line} is not in the file"
+            where = f"{page_id(page)}:{block.line}"
+            assert quoted_parts(block), f"{where} is not in the file"
+            if block.quoted.suffix == ".py":
+                assert list(headless(block)) == [], f"{where} leaves out a `def`, a `class` or a decorator"
 
 
 def no_test_client(block: Block) -> str | None:

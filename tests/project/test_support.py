@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 
 from tests.support.databases import Judge, JudgeFor
+from tests.support.pages import ROOT, Block, headless, quoted_parts
 from tests.support.serving import asgi_client, raw_get, serve
 
 
@@ -48,6 +49,30 @@ async def test_judge_takes_values(judge_for: JudgeFor, database_url: str) -> Non
     await judge.execute("INSERT INTO ledger VALUES (:id)", id=7)
     assert await judge.scalar("SELECT id FROM ledger WHERE id = :id", id=7) == 7
     assert await judge.scalar("SELECT id FROM ledger WHERE id = :id", id=8) is None
+
+
+QUOTES: dict[str, tuple[str, list[str] | None]] = {
+    "whole": ("@broker.on_event(TaskiqEvents.WORKER_SHUTDOWN)\nasync def disconnect(", []),
+    "no decorator": ("async def disconnect(state: TaskiqState) -> None:\n", ["disconnect"]),
+    "docstring": ('    """Dispose the engine."""\n', ["disconnect"]),
+    "body": ("    await state.resources.aclose()\n", []),
+    "body after others": (
+        "broker = TaskBroker(\n    # ...\n    await state.resources.aclose()\n",
+        ["disconnect"],
+    ),
+    "body in part": (
+        "class TaskBroker(RedisStreamBroker):\n    # ...\n            while True:\n",
+        ["listen"],
+    ),
+    "other file": ("no such line\n", None),
+}
+
+
+@pytest.mark.parametrize(("text", "headless_names"), QUOTES.values(), ids=QUOTES)
+def test_quotes_without_a_head_are_found(text: str, headless_names: list[str] | None) -> None:
+    """A docstring and a body after left-out lines need their `def`, which needs its decorators."""
+    block = Block(ROOT, 1, "python", text, None, ROOT / "examples/task_queues/with_taskiq.py")
+    assert (list(headless(block)) if quoted_parts(block) else None) == headless_names
 
 
 async def test_redis_answers(redis_url: str) -> None:

@@ -5,15 +5,19 @@ import os
 from logging.config import fileConfig
 
 from alembic import context
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from examples.alembic.models import AuditBase, ShopBase
 
 METADATA = {"shop": ShopBase.metadata, "audit": AuditBase.metadata}
+NAMED_LOCK = "SELECT GET_LOCK('migrations', 1000000000)"  # any name, but the same in every process; seconds
 ONE_AT_A_TIME = {
     "postgresql": "SELECT pg_advisory_xact_lock(7204119)",  # any number, but the same in every process
     "sqlite": "BEGIN IMMEDIATE",
+    "mysql": NAMED_LOCK,
+    "mariadb": NAMED_LOCK,
 }
 FOREIGN_KEYS_ARE_ON = (
     "Migrate before you turn foreign keys on: a rebuilt table would lose the rows that refer to it."
@@ -24,18 +28,32 @@ database = config.config_ini_section
 
 
 def migrate(connection: Connection) -> None:
-    """Run the migrations in one transaction, while no other process runs migrations."""
+    """Run the migrations while no other process runs migrations, and in one transaction if DDL allows it."""
+    dialect = connection.dialect.name
+    lock = ONE_AT_A_TIME.get(dialect)
     context.configure(
         connection=connection,
         target_metadata=METADATA[database],
-        render_as_batch=connection.dialect.name == "sqlite",  # its ALTER TABLE is limited
-        transactional_ddl=True,  # Alembic assumes False on SQLite, but BEGIN IMMEDIATE makes it true
+        render_as_batch=dialect == "sqlite",  # its ALTER TABLE is limited
+        transactional_ddl=True if dialect == "sqlite" else None,  # BEGIN IMMEDIATE makes it so
+        on_version_apply=commit_version if lock == NAMED_LOCK else None,
     )
     with context.begin_transaction():
-        if connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
+        if dialect == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
             raise RuntimeError(FOREIGN_KEYS_ARE_ON)
-        connection.exec_driver_sql(ONE_AT_A_TIME[connection.dialect.name])
-        context.run_migrations()
+        if lock is not None:
+            connection.exec_driver_sql(lock)
+        try:
+            context.run_migrations()
+        finally:
+            if lock == NAMED_LOCK:
+                connection.exec_driver_sql("SELECT RELEASE_LOCK('migrations')")
+
+
+def commit_version(ctx: MigrationContext, *_: object, **__: object) -> None:
+    """Commit a revision's number on MariaDB, as the DDL is, so that the next process finds it."""
+    assert ctx.connection is not None
+    ctx.connection.exec_driver_sql("COMMIT")
 
 
 async def connect() -> None:

@@ -16,7 +16,7 @@ def upgrade() -> None:
     op.create_table(
         "entry",
         sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("text", sa.String(), nullable=False),
+        sa.Column("text", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_entry")),
     )
 
