@@ -156,7 +156,7 @@ async def pair(ground: Ground) -> str:
     async def route(session: AsyncSession = ground.session) -> None:
         ground.used.append(session)
         await session.connection()
-        tasks.extend(asyncio.create_task(_write(session, text)) for text in ("one", "two"))
+        tasks.extend(asyncio.create_task(_write(session, text), name=text) for text in ("one", "two"))
         await asyncio.gather(*tasks)
 
     with logged() as records:

@@ -187,16 +187,20 @@ class Subscription:
     """The subscriptions."""
 
     @strawberry.subscription
-    async def new_books(self, after: int = 0, interval: float = 1.0) -> AsyncGenerator[Book]:
-        """Send each new book."""
+    async def books(self, author: int, interval: float = 1.0) -> AsyncGenerator[list[Book]]:
+        """Send an author's books, now and whenever they change.
+
+        This sends a state and not a log: ids are not assigned in the order of COMMITs, so "all books with a
+        higher id" would miss some.
+        """
+        sent: list[Book] | None = None
+        query = select(BookRow).where(BookRow.author_id == author).order_by(BookRow.id)
         while True:
-            async with db() as unit:  # a unit for each query, so none is open during the wait
-                rows = list(
-                    await unit.session.scalars(select(BookRow).where(BookRow.id > after).order_by(BookRow.id))
-                )
-            for row in rows:
-                yield Book.of(row)
-                after = row.id
+            async with db(read_only=True) as unit:  # a unit for each query, so none is open during the wait
+                books = [Book.of(row) for row in await unit.session.scalars(query)]
+            if books != sent:
+                sent = books
+                yield books
             await asyncio.sleep(interval)
 
 

@@ -16,16 +16,18 @@ from websockets.typing import Subprotocol
 pytest.importorskip("strawberry", reason="requirements/guides.in is not in the lowest row")
 
 import strawberry
+from graphql import ExecutionResult
 from strawberry.extensions import SchemaExtension
 from strawberry.fastapi import GraphQLRouter
 
-from examples.graphql.app import AuthorRow, BookRow, create_app, lifespan
+from examples.graphql.app import AuthorRow, BookRow, create_app, lifespan, schema
 from examples.graphql.extensions import RollBackOnErrors, UnitForEachTask
 from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 from tests.support.databases import JudgeFor
 from tests.support.serving import asgi_client, serve
 
 RESOLVERS = 5
+BOOKS = "subscription { books(author: 1, interval: 0.01) { title } }"
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:(?s).*session.exec:DeprecationWarning"
@@ -232,8 +234,13 @@ def subscribed(address: str) -> AbstractAsyncContextManager[ClientConnection]:
     )
 
 
+def books(*titles: str) -> dict[str, Any]:
+    """Return what the subscription sends for these books."""
+    return {"data": {"books": [{"title": title} for title in titles]}}
+
+
 async def test_websocket_has_a_unit_for_each_message(url: str) -> None:
-    """A subscription sends each new book; a mutation over the WebSocket is one transaction as well."""
+    """A subscription sends the books at each change; a mutation over the WebSocket is one transaction."""
     async with serve(create_app(url)) as address, subscribed(address.url) as websocket:
 
         async def send(kind: str, number: str = "", query: str = "") -> None:
@@ -246,12 +253,13 @@ async def test_websocket_has_a_unit_for_each_message(url: str) -> None:
 
         await send("connection_init")
         assert json.loads(await websocket.recv())["type"] == "connection_ack"
-        await send("subscribe", "books", "subscription { newBooks(interval: 0.01) { title } }")
         await send("subscribe", "author", 'mutation { addAuthor(name: "Ann") { id } }')
         assert await until("next", "author") == {"data": {"addAuthor": {"id": 1}}}
-        for title in ("One", "Two"):
+        await send("subscribe", "books", BOOKS)
+        assert await until("next", "books") == books()
+        for title, titles in (("One", ["One"]), ("Two", ["One", "Two"])):
             await send("subscribe", title, f'mutation {{ addBook(title: "{title}", author: 1) {{ id }} }}')
-            assert await until("next", "books") == {"data": {"newBooks": {"title": title}}}
+            assert await until("next", "books") == books(*titles)
         await send(
             "subscribe", "half", 'mutation { a: addAuthor(name: "Z") { id } b: addAuthor(name: "Z") { id } }'
         )
@@ -259,3 +267,21 @@ async def test_websocket_has_a_unit_for_each_message(url: str) -> None:
         await send("subscribe", "all", "{ authors { name } }")
         assert await until("next", "all") == {"data": {"authors": [{"name": "Ann"}]}}
         await send("complete", "books")
+
+
+async def test_subscription_misses_no_book(postgresql_url: str, judge_for: JudgeFor) -> None:
+    """A book is sent although one with a higher id was committed before it."""
+    earlier, later = await judge_for(postgresql_url), await judge_for(postgresql_url)
+    async with asgi_client(create_app(postgresql_url)) as client:
+        await add(client, "Ann")
+        sent = await schema.subscribe(BOOKS)
+        assert not isinstance(sent, ExecutionResult)
+        assert (await anext(sent)).data == books()["data"]
+        for writer, title in ((earlier, "One"), (later, "Two")):
+            await writer.execute("BEGIN")
+            await writer.execute("INSERT INTO book (title, author_id) VALUES (:title, 1)", title=title)
+        await later.execute("COMMIT")
+        assert (await anext(sent)).data == books("Two")["data"]
+        await earlier.execute("COMMIT")
+        assert (await anext(sent)).data == books("One", "Two")["data"]
+        await sent.aclose()

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import re
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -23,13 +24,15 @@ from benchmarks.field.ground import Ground, Open, ask, logged, standing
 from fastapi_async_sqlalchemy import (
     PartialCommitError,
     add_pool_timeout_handler,
-    atomic,
     create_middleware_and_session_proxy,
 )
+from tests.support.crash import DIED
 from tests.support.databases import JudgeFor, fresh_database
 from tests.support.dependency import needs_function_scope
+from tests.support.pages import ROOT
 from tests.support.serving import asgi_client
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
+from tests.support.two_databases import create_app
 from tests.support.versions import survives_cancellation
 
 OPENED: dict[str, Callable[..., Open]] = {
@@ -179,11 +182,32 @@ async def test_late_task(make_ground: MakeGround, deferring_url: str, expected: 
     assert await scenarios.late_task(await make_ground(deferring_url)) == expected
 
 
-@both(package="ConcurrentUseError", dependency="a SQLAlchemy error.*")
+class Keeping:
+    """A middleware that keeps the errors of requests."""
+
+    def __init__(self, app: ASGIApp, errors: list[str]) -> None:
+        self.app = app
+        self.errors = errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:
+            self.errors.append(str(error))
+            raise
+
+
+@both(package=("ConcurrentUseError", True), dependency=("a SQLAlchemy error.*", False))
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")  # SQLAlchemy 2.0 may warn of it first
-async def test_two_tasks(make_ground: MakeGround, postgresql_url: str, expected: str) -> None:
-    """Two tasks on one session get an error in both; the package's own names the two and leaves no trace."""
-    assert re.fullmatch(expected, await scenarios.pair(await make_ground(postgresql_url)))
+async def test_two_tasks(make_ground: MakeGround, postgresql_url: str, expected: tuple[str, bool]) -> None:
+    """Two tasks on one session get an error in both; the package's names both and the remedy."""
+    errors: list[str] = []
+    outcome, names_them = expected
+    ground = await make_ground(postgresql_url, Middleware(Keeping, errors=errors))
+    assert re.fullmatch(outcome, await scenarios.pair(ground))
+    (error,) = errors
+    assert all(name in error for name in ("task 'one'", "task 'two'", "`async with db():`")) is names_them
 
 
 @both(package="a WARNING", dependency="nothing")
@@ -256,10 +280,11 @@ async def test_yield_dependency(make_ground: MakeGround, sqlite_url: str, expect
         assert expected == "yes"
 
 
-@both(package=True, dependency=False)
-async def test_full_pool(side: str, sqlite_url: str, *, expected: bool) -> None:
-    """Both can answer 503 for a full pool; the package says when to try again, after a wait of its own."""
-    async with engine_with_tables(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=0.1) as engine:
+@both(package="1", dependency=None)
+async def test_full_pool(side: str, sqlite_url: str, expected: str | None) -> None:
+    """Both can answer 503 for a full pool; the package by the block's deadline, with a time to try again."""
+    patience = 60 if side == "package" else 0.1
+    async with engine_with_tables(sqlite_url, pool_size=1, max_overflow=0, pool_timeout=patience) as engine:
         app = FastAPI()
         if side == "package":
             middleware, db = create_middleware_and_session_proxy(AsyncSession)
@@ -292,15 +317,19 @@ async def test_full_pool(side: str, sqlite_url: str, *, expected: bool) -> None:
         async with engine.connect(), asgi_client(app) as client:
             answer = await client.get("/")
         assert answer.status_code == 503
-        assert ("Retry-After" in answer.headers) is expected
+        assert answer.headers.get("Retry-After") == expected
 
 
 # Several databases.
 
 
-@both(package=PartialCommitError, dependency=IntegrityError)
+@both(package=(PartialCommitError, True), dependency=(IntegrityError, False))
 async def test_second_database(
-    side: str, postgresql_url: str, sqlite_url: str, judge_for: JudgeFor, expected: type[Exception]
+    side: str,
+    postgresql_url: str,
+    sqlite_url: str,
+    judge_for: JudgeFor,
+    expected: tuple[type[Exception], bool],
 ) -> None:
     """Where the second COMMIT fails after the first, the package's error names both databases."""
     async with engine_with_tables(postgresql_url) as late, engine_with_tables(sqlite_url) as early:
@@ -339,29 +368,47 @@ async def test_second_database(
 
         answer = await ask(app)
         assert answer.status == 500
-        assert type(answer.error) is expected
+        error, names_both = expected
+        assert type(answer.error) is error
+        for engine in (early, late):
+            assert (str(engine.url.database) in str(answer.error)) is names_both
         judge = await judge_for(sqlite_url)
         assert await judge.scalar("SELECT text FROM note") == "early"
 
 
+@both(package=["after", "crashed"], dependency=["after"])
 async def test_atomic(
-    postgresql_url: str, databases: ExitStack, postgresql_server: URL, judge_for: JudgeFor
+    side: str,
+    postgresql_server: URL,
+    postgresql_url: str,
+    *,
+    databases: ExitStack,
+    judge_for: JudgeFor,
+    expected: list[str],
 ) -> None:
-    """`atomic()` commits both databases or none, for which a dependency has no counterpart."""
+    """Both commit two databases or none; only the package finishes what a crash leaves prepared."""
     second_url = await asyncio.to_thread(lambda: databases.enter_context(fresh_database(postgresql_server)))
-    _, first_db = create_middleware_and_session_proxy(AsyncSession)
-    _, second_db = create_middleware_and_session_proxy(AsyncSession)
+    first_judge, second_judge = await judge_for(postgresql_url), await judge_for(second_url)
+
+    async def stored() -> list[list[tuple[object, ...]]]:
+        notes = await first_judge.rows("SELECT text FROM note ORDER BY text")
+        return [notes, await second_judge.rows("SELECT note_id FROM reply")]
+
+    async def run(*words: str) -> int:
+        command = (sys.executable, "-W", "ignore", "-m", *words, postgresql_url, second_url)
+        return await (await asyncio.create_subprocess_exec(*command, cwd=ROOT)).wait()
+
     async with engine_with_tables(postgresql_url) as first, engine_with_tables(second_url) as second:
-        first_db.bind(first)
-        second_db.bind(second)
+        await second_judge.execute("INSERT INTO note VALUES (1, 'there')")
+        refused = await ask(create_app(side, first, second, "refused", **ORPHAN))
+        assert type(refused.error) is IntegrityError
+        assert await stored() == [[], []]
 
-        async def write_to_both() -> None:
-            async with atomic(first_db, second_db):
-                first_db.session.add(Note(text="first"))
-                second_db.session.add(Reply(**ORPHAN))
-
-        with pytest.raises(IntegrityError):
-            await write_to_both()
-        assert await (await judge_for(postgresql_url)).rows("SELECT text FROM note") == []
-        first_db.unbind()
-        second_db.unbind()
+        assert await run("tests.support.two_databases", side) == DIED
+        assert (await ask(create_app(side, first, second, "after", 1))).status == 200
+        assert await stored() == [[("after",)], [(1,)]]
+        assert await run("fastapi_async_sqlalchemy.recovery", "--older-than", "0.000001") == 0
+        assert await stored() == [[(text,) for text in expected], [(1,) for _ in expected]]
+        left = "SELECT count(*) FROM pg_prepared_xacts WHERE database IN (:one, :two)"
+        names = {"one": first.url.database, "two": second.url.database}
+        assert await first_judge.scalar(left, **names) == (0 if side == "package" else 2)

@@ -38,6 +38,11 @@ class Server:
     words: list[str]
     processes: int
 
+    @property
+    def program(self) -> str:
+        """The program that the command runs."""
+        return self.words[0]
+
     @classmethod
     def parse(cls, line: str, *more: str) -> "Server":
         """Read a command line."""
@@ -87,6 +92,21 @@ class Deployed:
                 while not is_true(await self.judge.scalar(statement)):
                     assert self.process.returncode is None or ended
                     await asyncio.sleep(0.01)  # the server needs the processor, too
+
+    async def until_logged(self, text: str) -> None:
+        """Wait until the server has said so."""
+        with self.explained(text):
+            async with asyncio.timeout(PATIENCE):
+                while text not in self.log.read_text("utf-8", errors="replace"):  # noqa: ASYNC110  # a file
+                    await asyncio.sleep(0.01)
+
+    async def until_refused(self) -> None:
+        """Connect again and again, until nothing listens."""
+        with suppress(ConnectionRefusedError):
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    with suppress(ConnectionResetError, EOFError):  # taken before the port was closed
+                        await self.answer("GET", "/health/live")
 
     @contextmanager
     def explained(self, waited_for: str) -> Generator[None]:
