@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.engine import Connection, Dialect, ExecutionContext
 
     from .state import StatefulSession
 
@@ -27,7 +27,7 @@ class Replaced(ExceptionContext):
     statement: str | None
     is_disconnect: bool
     invalidate_pool_on_disconnect: bool = True
-    execution_context: None = None
+    execution_context: ExecutionContext | None = None
 
 
 def replaced(session: StatefulSession, error: BaseException, *, committing: bool) -> Iterator[Replaced]:
