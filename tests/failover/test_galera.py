@@ -337,6 +337,17 @@ async def test_silent_node_is_passed_over(galera: Galera, driver: str) -> None:
             assert first.port not in peers
 
 
+async def test_read_timeout_of_asyncmy(galera: Galera) -> None:
+    """A statement on a silent node ends with an error, and its connection is discarded."""
+    node = galera.nodes[0]
+    async with connected(node, "asyncmy", {"connect_args": {"read_timeout": 1}}) as db, db():
+        await db.session.execute(text("SELECT 1"))
+        async with silent(node):
+            with pytest.raises(OperationalError, match="read timeout") as caught:
+                await db.session.execute(text("SELECT 1"))
+        assert caught.value.connection_invalidated
+
+
 @pytest.mark.parametrize(("harm", "deadline"), [(killed, None), (isolated, None), (silent, 3)])
 async def test_next_node_is_used(
     galera: Galera, harm: Callable[[Node], AbstractAsyncContextManager[None]], deadline: float | None
