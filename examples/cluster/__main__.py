@@ -15,6 +15,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from typing import TextIO
 
 from attrs import Factory, define
 from httpx2 import AsyncClient, HTTPError
@@ -22,7 +23,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
 from examples.cluster.app import Note, create_app, primary
-from examples.cluster.kill import PID_FILE
+from examples.cluster.kill import PID_FILE, lock
 from tests.support.patroni import Cluster, Member, patroni_cluster
 from tests.support.programs import ProgramMissingError
 from tests.support.serving import serve
@@ -116,7 +117,7 @@ async def report(clients: Clients) -> None:
         print(clients.summary(), flush=True)
 
 
-async def run(cluster: Cluster, *, proxied: bool) -> None:
+async def run(cluster: Cluster, pid_file: TextIO, *, proxied: bool) -> None:
     """Serve the application, with clients that write, until Ctrl-C or SIGTERM."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for one in (signal.SIGINT, signal.SIGTERM):
@@ -133,7 +134,9 @@ async def run(cluster: Cluster, *, proxied: bool) -> None:
         print(GUIDE.format(url=address.url, patronictl=control, absence=ABSENCE), flush=True)
         for work in (watch(cluster), report(clients), *map(clients.write, range(WRITERS))):
             start(work)
+        print(os.getpid(), file=pid_file, flush=True)
         await ended.wait()
+        pid_file.truncate(0)  # the handler of SIGUSR1 ends with the loop
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -151,14 +154,15 @@ def main() -> None:
     parser.add_argument("--haproxy", action="store_true", help="connect by HAProxy")
     proxied: bool = parser.parse_args().haproxy
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with suppress(KeyboardInterrupt), patroni_cluster() as cluster:
-            PID_FILE.write_text(f"{os.getpid()}")
-            asyncio.run(run(cluster, proxied=proxied))
-    except ProgramMissingError as error:
-        sys.exit(f"{error}")
-    finally:
-        PID_FILE.unlink(missing_ok=True)
+    with PID_FILE.open("a") as pid_file:
+        if not lock(pid_file):
+            sys.exit("a cluster runs already: end it by Ctrl-C first.")
+        pid_file.truncate(0)  # what a killed program left
+        try:
+            with suppress(KeyboardInterrupt), patroni_cluster() as cluster:
+                asyncio.run(run(cluster, pid_file, proxied=proxied))
+        except ProgramMissingError as error:
+            sys.exit(f"{error}")
 
 
 if __name__ == "__main__":

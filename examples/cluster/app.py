@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from examples.cluster.hosts import connect_to_first
 from fastapi_async_sqlalchemy import (
     EngineArgs,
     UnitOfWork,
@@ -33,7 +34,7 @@ ENGINE_ARGS: EngineArgs = {
     "max_overflow": 0,
     "pool_timeout": 3.0,
     "pool_pre_ping": True,
-    "connect_args": {"timeout": 3, "command_timeout": 10},
+    "connect_args": {"timeout": 3, "command_timeout": 10, "async_creator_fn": connect_to_first},
 }
 
 

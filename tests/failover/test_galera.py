@@ -2,10 +2,12 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from importlib import import_module
 from time import monotonic
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from attrs import Factory, define
 from fastapi import FastAPI, Request
@@ -14,7 +16,7 @@ from sqlalchemy import Connection, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from examples.cluster.galera import first_of
+from examples.cluster.galera import DEADLINE, first_of
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
     EngineArgs,
@@ -192,16 +194,19 @@ async def test_node_that_takes_no_commands_is_told(galera: Galera, driver: str) 
 async def test_own_writes_on_another_node(galera: Galera, driver: str) -> None:
     """With wsrep_sync_wait a read waits for what was committed anywhere; without it it does not."""
     writing, reading = galera.nodes[:2]
+    sync_wait = "SET SESSION wsrep_sync_wait = 1"
     async with AsyncExitStack() as exits:
         db = await exits.enter_async_context(connected(writing, driver))
         other = await exits.enter_async_context(connected(reading, driver))
+        waiting_args: EngineArgs = {"connect_args": {"init_command": sync_wait}}
+        patient = await exits.enter_async_context(connected(reading, driver, waiting_args))
 
         def sync(connection: Connection) -> None:
-            connection.execute(text("SET SESSION wsrep_sync_wait = 1"))
+            connection.execute(text(sync_wait))
 
-        async def read(*, waits: bool) -> object:
-            async with other() as unit:
-                if waits:
+        async def read(pair: Pair, *, hook: bool = False) -> object:
+            async with pair() as unit:
+                if hook:
                     unit.on_begin(sync)
                 return await unit.session.scalar(text("SELECT n FROM counter"))
 
@@ -209,12 +214,12 @@ async def test_own_writes_on_another_node(galera: Galera, driver: str) -> None:
             await lock.execute("FLUSH TABLES WITH READ LOCK")  # it receives, and applies nothing
             async with db.begin():
                 await increment(db)
-            assert await read(waits=False) == 0
-            waiting = asyncio.create_task(read(waits=True))
-            done, _ = await asyncio.wait({waiting}, timeout=0.3)
+            assert await read(other) == 0
+            waiting = [asyncio.create_task(one) for one in (read(other, hook=True), read(patient))]
+            done, _ = await asyncio.wait(waiting, timeout=0.3)
             assert not done
             await lock.execute("UNLOCK TABLES")
-            assert await waiting == 1
+            assert await asyncio.gather(*waiting) == [1, 1]
 
 
 async def test_atomic_is_refused(galera: Galera, driver: str) -> None:
@@ -233,14 +238,31 @@ async def test_atomic_is_refused(galera: Galera, driver: str) -> None:
     assert await counted(galera.nodes[0]) == 0
 
 
-async def lose(node: Node) -> None:
-    """Kill a node."""
+@asynccontextmanager
+async def killed(node: Node) -> AsyncGenerator[None]:
+    """Lose a node."""
     await asyncio.to_thread(node.kill)
+    yield
 
 
-async def isolate(node: Node) -> None:
-    """Cut a node off: it runs, finds itself alone, and takes no commands any more."""
+@asynccontextmanager
+async def isolated(node: Node) -> AsyncGenerator[None]:
+    """Cut a node off until exit: it runs, finds itself alone, and takes no commands any more."""
     await asyncio.to_thread(node.run, "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=1'")
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(node.run, "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
+
+
+@asynccontextmanager
+async def silent(node: Node) -> AsyncGenerator[None]:
+    """Let a node say nothing until exit, while its machine still accepts connections."""
+    node.pause()
+    try:
+        yield
+    finally:
+        node.resume()
 
 
 @define(eq=False)
@@ -248,6 +270,8 @@ class Writers:
     """Tasks that write one note after another, and know what they were told."""
 
     db: Pair
+    deadline: float | None = None
+    """Seconds for a write."""
     told: set[str] = Factory(set[str])
     errors: list[str] = Factory(list[str])
     longest: float = 0.0
@@ -261,7 +285,7 @@ class Writers:
                 return
             begun, note = monotonic(), f"{name}-{number}"
             try:
-                async with self.db.begin() as unit:
+                async with asyncio.timeout(self.deadline), self.db.begin() as unit:
                     unit.session.add(Note(text=note))
             except (DBAPIError, OSError) as error:
                 self.errors.append(type(error).__name__)
@@ -295,17 +319,47 @@ class Writers:
                 self._ended = True
 
 
-@pytest.mark.parametrize("harm", [lose, isolate])
-async def test_next_node_is_used(galera: Galera, harm: Callable[[Node], Awaitable[None]]) -> None:
+def by_first_of(galera: Galera, driver: str = "aiomysql") -> EngineArgs:
+    """Return the arguments of an engine that tries one node after the other."""
+    nodes = [("127.0.0.1", node.port) for node in galera.nodes]
+    creator = first_of(nodes, import_module(driver).connect, user="root", db="shop")
+    return {"async_creator": creator, "pool_pre_ping": True}
+
+
+async def test_silent_node_is_passed_over(galera: Galera, driver: str) -> None:
+    """A node that says nothing is given up after the deadline, with its connection; the next one serves."""
+    first, second = galera.nodes[:2]
+    async with connected(first, driver, by_first_of(galera, driver)) as db:
+        await db.engine.dispose()
+        async with silent(first), asyncio.timeout(2 * DEADLINE), db():
+            assert await db.session.scalar(text("SELECT @@port")) == second.port
+            peers = {one.raddr.port for one in psutil.Process().net_connections() if one.raddr}
+            assert first.port not in peers
+
+
+async def test_read_timeout_of_asyncmy(galera: Galera) -> None:
+    """A statement on a silent node ends with an error, and its connection is discarded."""
+    node = galera.nodes[0]
+    async with connected(node, "asyncmy", {"connect_args": {"read_timeout": 1}}) as db, db():
+        await db.session.execute(text("SELECT 1"))
+        async with silent(node):
+            with pytest.raises(OperationalError, match="read timeout") as caught:
+                await db.session.execute(text("SELECT 1"))
+        assert caught.value.connection_invalidated
+
+
+@pytest.mark.parametrize(("harm", "deadline"), [(killed, None), (isolated, None), (silent, 3)])
+async def test_next_node_is_used(
+    galera: Galera, harm: Callable[[Node], AbstractAsyncContextManager[None]], deadline: float | None
+) -> None:
     """Writes go on at the next node, what was told is there, and what was refused was answered in time."""
-    creator = first_of([("127.0.0.1", node.port) for node in galera.nodes], user="root", db="shop")
-    engine_args: EngineArgs = {"async_creator": creator, "pool_pre_ping": True}
-    async with connected(galera.nodes[0], engine_args=engine_args) as db:
-        writers = Writers(db)
+    node = galera.nodes[0]
+    async with connected(node, engine_args=by_first_of(galera)) as db, AsyncExitStack() as harmed:
+        writers = Writers(db, deadline)
         async with writers.running():
             await writers.more(ROUND)
             begun = monotonic()
-            await harm(galera.nodes[0])
+            await harmed.enter_async_context(harm(node))
             await writers.refused()
             await writers.more(1)
             seconds = monotonic() - begun
@@ -313,7 +367,6 @@ async def test_next_node_is_used(galera: Galera, harm: Callable[[Node], Awaitabl
         async with db():
             port = await db.session.scalar(text("SELECT @@port"))
             rows = set(await db.session.scalars(select(Note.text)))
-    await asyncio.to_thread(galera.nodes[0].run, "SET GLOBAL wsrep_provider_options = 'gmcast.isolate=0'")
     lost = writers.told - rows
     print(  # noqa: T201  # pytest -rP shows it
         f"{harm.__name__}: told {len(writers.told)}, refused {len(writers.errors)}, lost {len(lost)}, "

@@ -1,6 +1,6 @@
 """Three PostgreSQL under Patroni, with etcd and HAProxy, all on 127.0.0.1: a cluster that elects its leader.
 
-They run with the configuration of examples/cluster, with addresses, folders and users of this machine.
+They run with the configuration of examples/cluster, with addresses, folders and a password of this run.
 """
 
 import csv
@@ -9,8 +9,10 @@ import json
 import os
 import pwd
 import re
+import secrets
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -274,8 +276,9 @@ def patroni_cluster(*, loop_wait: int = 1, retry_timeout: int = 3, **settings: o
             for name, address, api in zip(NAMES, ports[4::2], ports[5::2], strict=True)
         ]
         dcs = {"ttl": TTL, "loop_wait": loop_wait, "retry_timeout": retry_timeout, **settings}
+        password = exits.enter_context(_password(folder / "pgpass"))
         for member in members:
-            _write_configuration(member, client, dcs)
+            _write_configuration(member, client, dcs, password)
         home = _home(folder / "haproxy", user)
         (home / "haproxy.cfg").write_text(_haproxy(members, write, read))
         haproxy = Program([haproxy_program, "-db", "-f", "haproxy.cfg"], home / "log", user)
@@ -319,12 +322,11 @@ def pgbouncer_before(cluster: Cluster) -> Generator[Address]:
             ("host=haproxy.internal port=5000", f"host={cluster.write.host} port={cluster.write.port}"),
             ("host=haproxy.internal port=5001", f"host={cluster.read.host} port={cluster.read.port}"),
             ("listen_port = 6432", f"listen_port = {address.port}\nunix_socket_dir ="),
-            ("scram-sha-256", "trust"),
             ("/etc/pgbouncer/userlist.txt", "userlist.txt"),
         ):
             text = text.replace(old, new)
         (home / "pgbouncer.ini").write_text(text)
-        (home / "userlist.txt").write_text('"postgres" ""\n')
+        (home / "userlist.txt").write_text(_userlist(cluster.write))
         bouncer = Program([path, "pgbouncer.ini"], home / "log", user)
         try:
             bouncer.start()
@@ -332,6 +334,16 @@ def pgbouncer_before(cluster: Cluster) -> Generator[Address]:
             yield address
         finally:
             bouncer.kill()
+
+
+def _userlist(address: Address) -> str:
+    """Return what the example's userlist.sql prints for the user of the tests."""
+    query = (EXAMPLE / "userlist.sql").read_text().replace("'app'", "'postgres'")
+    command = [f"{PROGRAMS}/psql", "-XAt", "-h", address.host, "-p", f"{address.port}", "-U", "postgres"]
+    done = subprocess.run(  # noqa: S603  # the server's own program
+        command, input=query, stdout=subprocess.PIPE, text=True, check=True, timeout=LONG
+    )
+    return done.stdout
 
 
 def server_user() -> User | None:
@@ -356,6 +368,22 @@ def _home(folder: Path, user: User | None) -> Path:
     return folder
 
 
+@contextmanager
+def _password(file: Path) -> Generator[str]:
+    """Make a password that clients in this process read from the file until exit, so that no URL has it."""
+    password = secrets.token_hex()
+    file.touch(mode=0o600)
+    file.write_text(f"127.0.0.1:*:*:postgres:{password}\n")
+    before = os.environ.get("PGPASSFILE")
+    os.environ["PGPASSFILE"] = f"{file}"
+    try:
+        yield password
+    finally:
+        del os.environ["PGPASSFILE"]
+        if before is not None:
+            os.environ["PGPASSFILE"] = before
+
+
 def _etcd(path: str, client: Address, peer: Address) -> list[str]:
     return [
         path,
@@ -375,7 +403,7 @@ def _member(name: str, folder: Path, address: Address, api: Address, user: User 
     return Member(name, folder, address, api, Program(command, folder / "log"))
 
 
-def _write_configuration(member: Member, etcd: Address, dcs: dict[str, object]) -> None:
+def _write_configuration(member: Member, etcd: Address, dcs: dict[str, object], password: str) -> None:
     """Write the example's patroni.yml for this machine; JSON is YAML, too."""
     import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  # it comes with Patroni
 
@@ -391,14 +419,13 @@ def _write_configuration(member: Member, etcd: Address, dcs: dict[str, object]) 
         "data_dir": f"{member.folder}/data",
         "bin_dir": f"{PROGRAMS}",
         "pgpass": f"{member.folder}/pgpass",
-        "pg_hba": [
-            "local all all trust",
-            "host all all 127.0.0.1/32 trust",
-            "host replication all 127.0.0.1/32 trust",
-        ],
     }
+    for user in postgresql["authentication"].values():
+        user["password"] = password
     postgresql["parameters"] |= {"unix_socket_directories": f"{member.folder}", **_FAST}
-    (member.folder / "patroni.yml").write_text(json.dumps(settings, indent=1))
+    file = member.folder / "patroni.yml"
+    file.touch(mode=0o600)
+    file.write_text(json.dumps(settings, indent=1))
 
 
 def _haproxy(members: list[Member], write: Address, read: Address) -> str:
