@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Replaced(ExceptionContext):
     """What the package's own listener would have been called with."""
 
-    connection: Connection
+    connection: Connection | None
     dialect: Dialect
     original_exception: BaseException
-    sqlalchemy_exception: StatementError
+    sqlalchemy_exception: StatementError | None
     statement: str | None
     is_disconnect: bool
     invalidate_pool_on_disconnect: bool = True
