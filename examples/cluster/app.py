@@ -34,8 +34,8 @@ ENGINE_ARGS: EngineArgs = {
     "pool_pre_ping": True,
     "connect_args": {"timeout": 3, "command_timeout": 10},
 }
-OUTAGES = {"57P01", "57P02", "57P03", "25006"}
-"""PostgreSQL shuts down, has crashed, does not accept connections yet, or has become a standby."""
+OUTAGES = ("08", "57P01", "57P02", "57P03", "25006")
+"""The connection failed, or PostgreSQL shuts down, has crashed, is starting, or has become a standby."""
 
 
 class PrimarySession(AsyncSession):
@@ -114,7 +114,7 @@ def is_outage(error: Exception) -> bool:
     state, cause = getattr(error.orig, "sqlstate", None), getattr(error.orig, "__cause__", None)
     return (
         error.connection_invalidated
-        or state in OUTAGES
+        or str(state).startswith(OUTAGES)
         or (error.statement is None and state is None)  # the driver's own error at BEGIN or COMMIT
         or isinstance(cause, TargetServerAttributeNotMatched)  # all hosts are standbys
     )
