@@ -1,15 +1,15 @@
 """PgBouncer before HAProxy before a PostgreSQL cluster, as many deploy them: the leader is lost."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from fastapi_async_sqlalchemy import EngineArgs, pgbouncer_engine_args
-from tests.failover.conftest import missing
+from tests.failover.conftest import started
 from tests.failover.load import BOUND, Harm, application, lose_leader
 from tests.failover.test_patroni import crash_leader, kill_leader, switch_over
 from tests.support.patroni import Address, Cluster, pgbouncer_before
-from tests.support.programs import ProgramMissingError
 
 BOUNCED: EngineArgs = {
     **pgbouncer_engine_args(timeout=3, command_timeout=10),
@@ -25,11 +25,8 @@ QUERY_WAIT_TIMEOUT = 5.0
 @pytest.fixture
 def bounced(cluster: Cluster) -> Iterator[Address]:
     """A PgBouncer whose databases are the two ports of HAProxy."""
-    try:
-        with pgbouncer_before(cluster) as address:
-            yield address
-    except ProgramMissingError as error:
-        missing(error)
+    with started(partial(pgbouncer_before, cluster)) as address:
+        yield address
 
 
 @pytest.mark.parametrize("harm", [switch_over, crash_leader, kill_leader])
