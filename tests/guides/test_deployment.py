@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -137,8 +137,9 @@ async def begins_to_stop(site: Deployed, processes: int) -> None:
 
 async def lets_a_request_finish(site: Deployed, other: Judge, processes: int) -> None:
     """Send SIGTERM while a request waits for a lock, which is given back when the server is stopping."""
-    async with site.request("POST", "/orders?item=tea") as exchange:
-        async with locked(other, "stock"):
+    async with AsyncExitStack() as request:
+        async with locked(other, "stock"):  # before the request, which would be answered at once
+            exchange = await request.enter_async_context(site.request("POST", "/orders?item=tea"))
             await site.until(WAITING)
             await begins_to_stop(site, processes)
         assert await exchange.status() == 201
