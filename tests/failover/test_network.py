@@ -6,10 +6,11 @@ from contextlib import AsyncExitStack
 from time import monotonic
 
 import pytest
+from fastapi import Request
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from examples.cluster.app import ENGINE_ARGS, is_outage, primary
+from examples.cluster.app import ENGINE_ARGS, primary, unavailable
 from fastapi_async_sqlalchemy import EngineArgs
 from tests.failover.load import CLIENTS, LOADED, Load, application, by_url_or_proxy
 from tests.support.databases import Judge
@@ -63,7 +64,8 @@ async def test_connection_is_lost_while_it_is_opened(cluster: Cluster) -> None:
         wire.mend()  # which resets
         with pytest.raises(DBAPIError) as caught:
             await opening
-        assert is_outage(caught.value)
+        answer = await unavailable(Request({"type": "http"}), caught.value)
+        assert answer.status_code == 503
         await engine.dispose()
 
 
