@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Annotated
 
 from asyncpg.exceptions import (  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it has no types
+    PostgresError,
     TargetServerAttributeNotMatched,
 )
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Path, Request, Response
@@ -129,6 +130,7 @@ def create_app(primary_url: str, replica_url: str, engine_args: EngineArgs = ENG
     app.add_middleware(PrimaryMiddleware, db_url=primary_url, engine_args=engine_args)
     app.add_middleware(ReplicaMiddleware, db_url=replica_url, engine_args=engine_args)
     app.include_router(router)
-    for error in (DBAPIError, OSError, TargetServerAttributeNotMatched):  # the last one before SQLAlchemy 2.1
+    by_asyncpg = (PostgresError, TargetServerAttributeNotMatched)  # SQLAlchemy 2.0 passes them on
+    for error in (DBAPIError, OSError, *by_asyncpg):
         app.add_exception_handler(error, unavailable)
     return app

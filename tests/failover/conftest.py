@@ -2,16 +2,21 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import pytest
 
 from tests.support.databases import Judge
 from tests.support.patroni import Cluster, patroni_cluster
-from tests.support.programs import ProgramMissingError
+from tests.support.programs import ProgramError, ProgramMissingError
 
 HERE = Path(__file__).parent
+Servers = TypeVar("Servers")
+not_started: list[str] = []
+"""Why servers had to be started again."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,14 +26,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
 
 
+@contextmanager
+def started(start: Callable[[], AbstractContextManager[Servers]]) -> Generator[Servers]:
+    """Start servers, once more if they do not start; skip or fail the test if they are not installed.
+
+    Only a start is repeated: a test that has failed is never run again, for one lost write is a finding.
+    """
+    with ExitStack() as exits:
+        try:
+            servers = exits.enter_context(start())
+        except ProgramMissingError as error:
+            missing(error)
+        except ProgramError as error:
+            not_started.append(f"{error}")
+            servers = exits.enter_context(start())
+        yield servers
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print at the end of the run what did not start at once, also where CI collects such notes."""
+    for error in not_started:
+        terminalreporter.write_line(f"Servers were started again: {error}", yellow=True)
+        if notes := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with Path(notes).open("a") as file:
+                file.write(f"Servers were started again: {error}\n")
+
+
 @pytest.fixture(scope="session")
 def lasting_cluster() -> Iterator[Cluster]:
     """The PostgreSQL cluster of this run, which replicates synchronously."""
-    try:
-        with patroni_cluster() as cluster:
-            yield cluster
-    except ProgramMissingError as error:
-        missing(error)
+    with started(patroni_cluster) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -47,7 +75,7 @@ async def _empty(url: str) -> None:
         await judge.execute("DROP TABLE IF EXISTS note, reply")
 
 
-def missing(error: ProgramMissingError) -> None:
+def missing(error: ProgramMissingError) -> NoReturn:
     """Skip a test whose programs are not installed, or fail where they must be."""
     if os.environ.get("REQUIRE_CLUSTER"):
         pytest.fail(f"{error}")

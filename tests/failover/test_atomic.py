@@ -23,13 +23,6 @@ from tests.support.patroni import Cluster
 from tests.support.site import checked_out
 from tests.support.tables import Base, Note
 
-TWO_PHASES = [
-    ("prepare_twophase", 0),
-    ("commit_twophase", 0),
-    ("prepare_twophase", 1),
-    ("commit_twophase", 1),
-]
-
 
 @define(eq=False)
 class Side:
@@ -59,15 +52,23 @@ async def side(url: str) -> AsyncGenerator[Side]:
         await engine.dispose()
 
 
-@pytest.mark.parametrize("cluster_is_last", [False, True], ids=["cluster first", "cluster last"])
-@pytest.mark.parametrize("step", ["prepare_twophase", "commit_twophase"])
+@pytest.mark.parametrize(
+    ("step", "cluster_is_last", "proxied"),
+    [
+        ("prepare_twophase", False, False),
+        ("prepare_twophase", True, False),
+        ("commit_twophase", False, False),
+        ("commit_twophase", True, False),
+        ("commit_twophase", True, True),
+    ],
+)
 async def test_leader_dies_while_it_commits_with_another(
-    cluster: Cluster, postgresql_url: str, step: str, *, cluster_is_last: bool
+    cluster: Cluster, postgresql_url: str, step: str, *, cluster_is_last: bool, proxied: bool
 ) -> None:
     """Before its PREPARE nothing is committed; after it recovery finishes the work on the new leader."""
     await asyncio.to_thread(cluster.configure, primary_start_timeout=0)
     leader = await asyncio.to_thread(cluster.leader)
-    async with side(cluster.url("primary")) as shop, side(postgresql_url) as ledger:
+    async with side(cluster.url("primary", proxied=proxied)) as shop, side(postgresql_url) as ledger:
         sides = [ledger, shop] if cluster_is_last else [shop, ledger]
 
         def crash(*_: object) -> None:

@@ -17,13 +17,12 @@ from fastapi_async_sqlalchemy import (
     WalPosition,
     create_middleware_and_session_proxy,
 )
+from tests.failover.load import by_url_or_proxy
 from tests.support.databases import Judge
 from tests.support.patroni import LONG, Cluster
 from tests.support.replication import replay_paused
 from tests.support.site import checked_out
 from tests.support.tables import Base, Note
-
-by_url_or_proxy = pytest.mark.parametrize("proxied", [False, True], ids=["url of all", "haproxy"])
 
 
 @frozen

@@ -1,28 +1,26 @@
 """The leader's machine vanishes: it refuses nothing, and all that is sent to it is swallowed."""
 
 import asyncio
-from time import monotonic
 
-from tests.failover.load import ROUND, Load, application
+from examples.cluster.app import ENGINE_ARGS
+from tests.failover.load import LOADED, application, lose_leader
 from tests.support.patroni import Cluster, multi_host
 from tests.support.wire import wire_to
+
+BOUND = 2 * ENGINE_ARGS["connect_args"]["command_timeout"] + LOADED
+"""A statement in progress waits for its timeout, and so does its ROLLBACK."""
 
 
 async def test_silent_leader_is_first_in_the_url(cluster: Cluster) -> None:
     """Writes go on at its successor, and what was answered by 201 is there."""
-    before = await asyncio.to_thread(cluster.leader)
-    async with wire_to(before.address) as wire:
-        addresses = [wire.address, *(one.address for one in cluster.members if one is not before)]
+    leader = await asyncio.to_thread(cluster.leader)
+    async with wire_to(leader.address) as wire:
+
+        async def fall_silent(_: Cluster) -> None:
+            wire.cut()
+            await asyncio.to_thread(leader.kill)
+
+        addresses = [wire.address, *(one.address for one in cluster.members if one is not leader)]
         writing, reading = (multi_host(addresses, wanted) for wanted in ("read-write", "prefer-standby"))
         async with application(writing, reading) as client:
-            load = Load(client)
-            async with load.running():
-                await load.more(ROUND)
-                begun = monotonic()
-                wire.cut()
-                await asyncio.to_thread(before.kill)
-                await load.failed()
-                seconds = await load.more(1) - begun
-                await load.more(ROUND)
-            assert await asyncio.to_thread(cluster.leader) is not before
-            await load.check(cluster, what="silent leader", seconds=seconds)
+            await lose_leader(cluster, fall_silent, client, what="URL of all", bound=BOUND)

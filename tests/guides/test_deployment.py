@@ -227,8 +227,9 @@ async def begins_to_stop(site: Deployed, server: Server) -> None:
 async def lets_a_request_finish(site: Deployed, other: Judge, server: Server) -> None:
     """Send SIGTERM while a request waits for a lock, which is given back when another has come too late."""
     said = TABLE["a new connection while the server stops"][server.program]
-    async with site.request("POST", "/orders?item=tea") as exchange, AsyncExitStack() as late:
-        async with locked(other, "stock"):
+    async with AsyncExitStack() as requests:
+        async with locked(other, "stock"):  # before the request, which would be answered at once
+            exchange = await requests.enter_async_context(site.request("POST", "/orders?item=tea"))
             await site.until(WAITING)
             await begins_to_stop(site, server)
             if said == "is refused":
@@ -236,8 +237,8 @@ async def lets_a_request_finish(site: Deployed, other: Judge, server: Server) ->
                     await site.answer("GET", "/health/live")
             else:
                 assert said == "waits, and is cut at the end"
-                newcomer = await late.enter_async_context(site.request("GET", "/health/live"))
-                late.push_async_callback(is_cut, newcomer)
+                newcomer = await requests.enter_async_context(site.request("GET", "/health/live"))
+                requests.push_async_callback(is_cut, newcomer)
         assert await exchange.status() == 201
     assert await site.process.wait() == 0
 
