@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Generic, cast
 
 from attrs import Factory, define, field
 
+from .._dialects.begin import require_deferrable
 from .._session.hooks import JOINED
 from .._session.outcome import BROKEN, OWN_UNIT
 from .._session.state import JoinedBlock, task_at_work
@@ -139,6 +140,9 @@ class PropagatingScope(OneUse, Generic[S_co]):
         self._enter_once(self.new.database.name)
         self.joined = self.joins()
         if self.joined is None:
+            config = self.new.config
+            if config.settings.deferrable:
+                require_deferrable(config.database.engine, config.settings)
             return await self.new.__aenter__()
         self.block.task = task_at_work()
         self.joined._join(self.block)
