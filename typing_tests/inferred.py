@@ -821,6 +821,7 @@ async def tested(app: ASGIApp, failure: CommitFailure) -> None:
         assert_type(box.reset(), None)
         assert_type(box.fail_commit(), None)
         assert_type(box.fail_commit(failure, on=orders), None)
+        assert_type(box.fail_commit(constraint="order_number"), None)
         assert_type(box.lose_connection(on=db), None)
     assert_type(sandbox(db), AbstractAsyncContextManager[Sandbox, None])
     served = SandboxedApp(app, db, orders, timeout=1)

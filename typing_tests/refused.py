@@ -643,6 +643,7 @@ async def tested(app: ASGIApp, box: Sandbox, sandboxed: SandboxedApp, receive: R
     box.assert_statements(at_most="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     box.assert_statements(3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     box.fail_commit(failure="boom")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    box.fail_commit(constraint=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     box.fail_commit(on=sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     box.lose_connection(on="db")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     SandboxedApp(app=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -240,10 +240,10 @@ class SandboxServer:
         self._roll_back(transaction)
 
     def _commit(self, transaction: Logical) -> None:
-        failure = self.box._commit_failure(self.watches) if transaction.wrote else None
+        failure, constraint = self.box._commit_failure(self.watches) if transaction.wrote else (None, None)
         try:
             if failure in {"constraint", "conflict"}:
-                self.connection.savepoints.fail(failure)
+                self.connection.savepoints.fail(failure, constraint)
             self.connection.savepoints.check()
         except Exception as error:
             if has_given_up(error):  # PostgreSQL answers such a COMMIT by ROLLBACK, without an error
