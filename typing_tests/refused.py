@@ -535,6 +535,7 @@ ConfigurationError("what").remedy  # type: ignore[attr-defined]  # pyright: igno
 EngineAlreadyBoundError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 EngineAlreadyBoundError(database="orders", holder=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 EngineAlreadyBoundError(database="orders", remedy=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+EngineAlreadyBoundError(database="orders", needless=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SessionNotInitialisedError(database=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 SessionNotInitialisedError()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 MissingSessionError(database=5, place="here", remedy="open one")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

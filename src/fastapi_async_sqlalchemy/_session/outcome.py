@@ -132,7 +132,7 @@ def _refuse_silent_rollback(ledger: Ledger, database: str) -> None:
         if _answers(ledger):
             ledger.forgive()
             return
-        reason = "a statement in it failed and the database has given the transaction up"
+        reason = "a statement in it failed and the database has aborted the transaction"
         ledger.failure = failure  # not that of the query above
     raise UnexpectedRollbackError(database, reason) from failure
 
