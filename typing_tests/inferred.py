@@ -127,6 +127,9 @@ class Bolt(Item):
     """A model that inherits from another one."""
 
 
+StockModel = TypeVar("StockModel", bound=StockBase)
+
+
 class StockSession(ModelSession[StockBase]):
     """The session class of that database, which takes its models alone."""
 
@@ -275,8 +278,20 @@ app.add_middleware(
     begin="on_first_write",
     pool_warm_up=3,
 )
+shared: dict[str, Any] = {"commit_on_exit": True}
+app.add_middleware(SQLAlchemyMiddleware, db_url="sqlite+aiosqlite://", **shared)
+app.add_middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", **shared)  # type: ignore[arg-type]  # docs/typing.md
 assert_type(add_pool_timeout_handler(app), None)
 Starlette(middleware=[Middleware(OrderMiddleware, db_url="sqlite+aiosqlite://", exclude_paths={"/health"})])
+
+
+def add(middleware: type[SQLAlchemyMiddleware[AsyncSession]], url: str) -> None:
+    """Share keywords between middlewares: the remedy in docs/typing.md."""
+    app.add_middleware(middleware, db_url=url, commit_on_exit=True)
+
+
+add(SQLAlchemyMiddleware, "sqlite+aiosqlite://")
+add(OrderMiddleware, "sqlite+aiosqlite://")
 by_hand = OrderMiddleware(app, "sqlite+aiosqlite://", None, engine_args, session_args, True)
 assert_type(by_hand, SQLAlchemyMiddleware[OrderSession])
 assert_type(by_hand.app, ASGIApp)
@@ -371,6 +386,16 @@ def keep(session: ModelSession[Item], item: Item) -> None:
     session.add(item)
 
 
+async def found(session: AsyncSession, model: type[StockModel], key: int) -> StockModel | None:
+    """Find an object of any of the base's models: the bound refuses the others."""
+    return await session.get(model, key)
+
+
+async def one(session: ModelSession[StockBase], model: type[StockModel], key: int) -> StockModel:
+    """Mypy sees the bound of a type variable alone in a protocol; docs/typing.md has the remedy above."""
+    return await session.get_one(model, key)  # type: ignore[arg-type]
+
+
 async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
     session = stock.session
     keep(session, Bolt())
@@ -395,6 +420,8 @@ async def models(every: EveryModelSession, hero: HeroModelSession) -> None:
     every.add_all([Order(customer="Ada"), Item()])
     assert_type(await hero.get(Hero, 1), Hero | None)
     assert_type((await hero.exec(sqlmodel_select(Hero))).first(), Hero | None)
+    assert_type(await found(session, Bolt, 1), Bolt | None)
+    assert_type(await one(session, Item, 1), Item)
     await first_order(stock)
     wrong = WrongDatabaseError(database="stock", fact="Order is", bases=["StockBase"], owner=None)
     assert_type(wrong, WrongDatabaseError)
@@ -794,6 +821,7 @@ async def tested(app: ASGIApp, failure: CommitFailure) -> None:
         assert_type(box.reset(), None)
         assert_type(box.fail_commit(), None)
         assert_type(box.fail_commit(failure, on=orders), None)
+        assert_type(box.fail_commit(constraint="order_number"), None)
         assert_type(box.lose_connection(on=db), None)
     assert_type(sandbox(db), AbstractAsyncContextManager[Sandbox, None])
     served = SandboxedApp(app, db, orders, timeout=1)

@@ -49,6 +49,12 @@ _NAMED: Final = 10
 _ANY_USE: Final = "the application's lifespan, `async with db.connect(...)`, `db.unbind()`"
 
 
+def _counted(number: float, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    shown = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
+
+
 class FastAPIAsyncSQLAlchemyError(Exception):
     """Base class of every error that this package raises.
 
@@ -96,11 +102,20 @@ class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
     """A second engine was given to a proxy whose first one is still in use."""
 
-    def __init__(self, database: str, holder: str | None = None, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        database: str,
+        holder: str | None = None,
+        remedy: str | None = None,
+        needless: str | None = None,
+    ) -> None:
         bound = f", bound by {holder}" if holder else ""
+        other = "give a second database its own pair from create_middleware_and_session_proxy()"
+        if needless is not None:
+            other = f"leave {needless} out, because it names the same database"
         super().__init__(
-            f"{database} already has an engine in use{bound}: give a second database its own pair from "
-            f"create_middleware_and_session_proxy(), or end the first use ({remedy or _ANY_USE})."
+            f"{database} already has an engine in use{bound}: {other}, "
+            f"or end the first use ({remedy or _ANY_USE})."
         )
 
 
@@ -110,7 +125,8 @@ class SessionNotInitialisedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str) -> None:
         super().__init__(
             f"{database} has no engine yet: add the pair's middleware to the application and let it start, "
-            "or open `async with db.connect(url):` around the work."
+            "or open `async with db.connect(url):` around the work. A route takes the session by "
+            "`Depends(db.dependency)`, not by `Depends(db.session)`."
         )
 
 
@@ -137,8 +153,8 @@ class UnitClosedError(FastAPIAsyncSQLAlchemyError, InvalidRequestError, RuntimeE
 
     def __init__(self, database: str, opening: str | None = None) -> None:
         super().__init__(
-            f"This unit of work of {database} has ended and serves one use only: "
-            f"open a new one with {opening or '`async with db.begin():`'} in the task that goes on working."
+            f"This unit of work of {database} has ended and can be used only once: "
+            f"open a new one with {opening or '`async with db.begin():`'} in the task that continues."
         )
 
 
@@ -168,7 +184,7 @@ class WrongDatabaseError(FastAPIAsyncSQLAlchemyError, TypeError):
     def __init__(self, database: str, fact: str, bases: Sequence[str], owner: str | None) -> None:
         remedy = "use the session of its own database" if owner is None else f"use a session of {owner}"
         super().__init__(
-            f"{fact}, and {database} takes models of {' and '.join(bases)} alone: {remedy}, "
+            f"{fact}, and {database} accepts only models of {' and '.join(bases)}: {remedy}, "
             "or let the session class take a union of bases."
         )
         self.owner: str | None = owner
@@ -208,8 +224,8 @@ class ReadOnlyError(FastAPIAsyncSQLAlchemyError, RuntimeError):
 
     def __init__(self, database: str, objects: int) -> None:
         super().__init__(
-            f"{objects} changed objects of {database} cannot be flushed in a read-only unit of work: "
-            "write in a unit without read_only=True, or expunge() what is not meant to be stored."
+            f"{_counted(objects, 'changed object')} of {database} cannot be flushed in a read-only unit of "
+            "work: write in a unit without read_only=True, or expunge() what is not meant to be stored."
         )
 
 
@@ -240,7 +256,7 @@ class PoolTimeoutError(FastAPIAsyncSQLAlchemyError, PoolTimeout, TimeoutError):
     ) -> None:
         limit = "no limit" if pool_status.capacity is None else pool_status.capacity
         super().__init__(
-            f"{database} had no free connection within {timeout:g} seconds "
+            f"{database} had no free connection within {_counted(timeout, 'second')} "
             f"({pool_status.checked_out or 0} of {limit} are checked out): {remedy}."
         )
         self.timeout: float = timeout
@@ -269,7 +285,7 @@ class ReplicaLagError(FastAPIAsyncSQLAlchemyError, TimeoutError):
         if replayed is not None:
             state = f"had replayed {replayed} and not {position}"
         super().__init__(
-            f"{database} {state} within {timeout:g} seconds: "
+            f"{database} {state} within {_counted(timeout, 'second')}: "
             "wait longer by timeout=, or read from the primary by fallback=."
         )
         self.position: str = position
@@ -316,4 +332,4 @@ class SandboxError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     """A test sandbox cannot do what production would do, and does not pretend to."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"The sandbox refuses to go on: {reason}.")
+        super().__init__(f"The sandbox cannot continue: {reason}.")

@@ -85,6 +85,8 @@ COUNT = OPTIONAL | {"a number"}
 SECONDS = COUNT | {"half"}
 FUNCTION = frozenset({"a function", "a class"})
 ANYTHING = frozenset(VALUES)
+SERIAL = {"read_only": True, "isolation_level": "SERIALIZABLE"}
+"""What `deferrable` needs."""
 UNIT = {
     "session_args": OPTIONAL,
     "read_only": OPTIONAL_FLAG,
@@ -202,13 +204,17 @@ ARGUMENTS: dict[tuple[str, str], Argument] = {
     ("SessionProxy.__call__", "propagation"): Argument(of_db("__call__", "propagation"), NOTHING),
     ("SessionProxy.__call__", "read_only"): Argument(of_db("__call__", "read_only"), OPTIONAL_FLAG),
     ("SessionProxy.__call__", "isolation_level"): Argument(of_db("__call__", "isolation_level"), OPTIONAL),
-    ("SessionProxy.__call__", "deferrable"): Argument(of_db("__call__", "deferrable"), OPTIONAL_FLAG),
+    ("SessionProxy.__call__", "deferrable"): Argument(
+        of_db("__call__", "deferrable", **SERIAL), OPTIONAL_FLAG
+    ),
     ("SessionProxy.__call__", "begin"): Argument(of_db("__call__", "begin"), OPTIONAL),
     ("SessionProxy.__call__", "multi_sessions"): Argument(of_db("__call__", "multi_sessions"), FLAG),
     ("SessionProxy.__call__", "max_concurrent"): Argument(in_tasks("max_concurrent"), COUNT),
     ("SessionProxy.__call__", "pool_timeout"): Argument(of_db("__call__", "pool_timeout"), SECONDS),
     **{
-        (f"SessionProxy.{method}", name): Argument(of_db(method, name), takes)
+        (f"SessionProxy.{method}", name): Argument(
+            of_db(method, name, **(SERIAL if name == "deferrable" else {})), takes
+        )
         for method, more in (
             ("begin", {"propagation": NOTHING}),
             ("per_task", {"max_concurrent": COUNT, "commit_on_exit": OPTIONAL_FLAG}),

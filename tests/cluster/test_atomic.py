@@ -505,9 +505,11 @@ async def test_serves_one_use(group: Group) -> None:
     block = atomic(*group.proxies)
     async with block:
         await group.add("once")
-        with pytest.raises(UnitClosedError, match=r"serves one use only: .* `async with atomic\(\.\.\.\):`"):
+        with pytest.raises(
+            UnitClosedError, match=r"can be used only once: .* `async with atomic\(\.\.\.\):`"
+        ):
             await block.__aenter__()
-    with pytest.raises(UnitClosedError, match="serves one use only"):
+    with pytest.raises(UnitClosedError, match="can be used only once"):
         await block.__aenter__()
     assert await group.notes() == group.everywhere("once")
 

@@ -261,7 +261,7 @@ async def test_read_only(db: SessionProxy[AsyncSession], single: Bounced) -> Non
             await unit.session.execute(text("INSERT INTO note (text) VALUES ('refused')"))
     async with db(read_only=True) as unit:
         unit.session.add(Note(text="refused"))
-        with pytest.raises(ReadOnlyError, match="1 changed objects"):
+        with pytest.raises(ReadOnlyError, match="1 changed object of"):
             await unit.session.scalar(select(Note.text))
     assert await single.asked("SHOW transaction_read_only") == "off"
     await single.write("allowed")

@@ -124,7 +124,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 async def test_unit_only_reads(replica: Replica, way: Callable[[Replica, Work], Awaitable[None]]) -> None:
     """Objects are not flushed and the database refuses a statement, whichever way the unit is opened."""
-    with pytest.raises(ReadOnlyError, match="1 changed objects"):
+    with pytest.raises(ReadOnlyError, match="1 changed object of"):
         await way(replica, flush)
     with pytest.raises(DBAPIError, match=REFUSED):
         await way(replica, insert_by_sql)
@@ -174,7 +174,7 @@ async def test_commit_at_the_response_is_refused(database_url: str) -> None:
             replica.session.add(Note(text="refused"))
 
         async with asgi_client(app) as client:
-            with pytest.raises(ReadOnlyError, match="1 changed objects"):
+            with pytest.raises(ReadOnlyError, match="1 changed object of"):
                 await client.get("/")
 
 
@@ -188,7 +188,7 @@ async def test_flush_is_refused_before_sql(replica: Replica) -> None:
 
     checkouts: list[object] = []
     event.listen(replica.engine.pool, "checkout", lambda *_: checkouts.append(None))
-    with pytest.raises(ReadOnlyError, match="1 changed objects"):
+    with pytest.raises(ReadOnlyError, match="1 changed object of"):
         await by_unit(replica, flush)
     assert (sent, checkouts) == ([], [])
 
@@ -201,7 +201,7 @@ async def test_flush_is_refused_before_the_server_sees_it(postgresql_url: str, j
         await create_tables(replica.engine)
         async with replica() as unit:
             backend = await unit.session.scalar(text("SELECT pg_backend_pid()"))
-            with pytest.raises(ReadOnlyError, match="1 changed objects"):
+            with pytest.raises(ReadOnlyError, match="1 changed object of"):
                 await flush(unit.session)
             latest = "SELECT query FROM pg_stat_activity WHERE pid = :backend"
             assert await judge.scalar(latest, backend=backend) == "SELECT pg_backend_pid()"

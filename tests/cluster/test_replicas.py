@@ -227,7 +227,7 @@ async def test_fallback_stays_read_only(shop: Shop) -> None:
     """On the primary too the unit writes nothing: a flush is refused here, and SQL by the database."""
     async with replay_paused(shop.standby):
         position = await shop.write("guarded")
-        for refused, match in ((flush, "1 changed objects"), (insert_by_sql, "read-only transaction")):
+        for refused, match in ((flush, "1 changed object of"), (insert_by_sql, "read-only transaction")):
             unit = shop.replica.after(position, timeout=SHORT, fallback=shop.primary)
             with pytest.raises((ReadOnlyError, DBAPIError), match=match):  # leaving raises, too
                 async with unit as on_primary:

@@ -74,7 +74,7 @@ CASES = (
     Case(
         WrongDatabaseError("Primary", "Entry is a model of AuditBase", ["ShopBase"], "Second"),
         TypeError,
-        ("Primary", "Entry is a model of AuditBase", "models of ShopBase alone"),
+        ("Primary", "Entry is a model of AuditBase", "only models of ShopBase"),
         "use a session of Second",
     ),
     Case(

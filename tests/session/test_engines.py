@@ -31,7 +31,7 @@ TEA = insert(Note).values(text="tea")
 TEXTS = select(Note.text)
 LEVEL = select(func.coalesce(func.max(Note.text), func.current_setting("transaction_isolation")))
 """A statement that a mapper routes, whose answer is the isolation level as long as there is no note."""
-GIVEN_UP = "a statement in it failed and the database has given the transaction up"
+GIVEN_UP = "a statement in it failed and the database has aborted the transaction"
 Unit = UnitOfWork[AsyncSession]
 UNBOUND = sorted(WAYS.keys() - {"binds"})
 """The ways that `atomic()` learns of when the session comes to the engine."""

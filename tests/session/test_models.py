@@ -208,7 +208,7 @@ async def test_operation_with_a_foreign_model(
             await operation(unit.session)
         assert shop.sent == 0
         await unit.rollback()
-    assert "takes models of ShopBase alone" in str(refused.value)
+    assert "accepts only models of ShopBase" in str(refused.value)
     assert refused.value.owner is None
 
 

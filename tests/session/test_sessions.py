@@ -102,7 +102,7 @@ async def use_as_a_block(session: AsyncSession) -> None:
 
 closings = pytest.mark.parametrize("act", [close, reset, use_as_a_block])
 LOST = (
-    " rolls back {statements} statements and {objects} unflushed objects, because nothing committed them: "
+    " rolls back {lost}, because nothing committed them: "
     "call `await db.session.commit()` before, or leave the session for its unit to close."
 )
 
@@ -118,11 +118,12 @@ async def test_session_closed_over_writes(
         unit.session.add(Note(text="lost"))
         if flushed or act is use_as_a_block:
             await unit.session.flush()
-        written = int(flushed or act is use_as_a_block)
+        written = flushed or act is use_as_a_block
         await act(unit.session)
         (told,) = complaints(caplog)
         assert told.startswith("WARNING: close() on AsyncSession (")
-        assert told.endswith(LOST.format(statements=written, objects=1 - written))
+        one, other = "1 statement and 0 unflushed objects", "0 statements and 1 unflushed object"
+        assert told.endswith(LOST.format(lost=one if written else other))
         unit.session.add(Note(text="kept"))
         await unit.commit()
     assert await worker.notes() == ["kept"]
@@ -194,7 +195,7 @@ async def test_value_that_changes_is_a_write(
         async with worker.db() as unit:
             note = (await unit.session.scalars(select(Note))).one()
             note.text = "new"
-        assert "0 statements and 1 unflushed objects are rolled back" in complaints(caplog)[0]
+        assert "0 statements and 1 unflushed object are rolled back" in complaints(caplog)[0]
 
 
 class FalseNote(Note):

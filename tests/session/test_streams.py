@@ -277,7 +277,7 @@ async def test_rows_that_fail_have_lost_the_transaction(
         with pytest.raises(Exception, match="division by zero"):
             await read(site.db.session)
 
-    with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+    with pytest.raises(UnexpectedRollbackError, match="has aborted the transaction"):
         await site.get()
     assert (await site.get(raise_app_exceptions=False)).status_code == 500
     assert await site.notes() == []

@@ -15,7 +15,7 @@ DEADLINE = 30
 """Seconds after which something hangs, however busy the machine is."""
 TIMEOUT = 0.2
 """Seconds that a unit waits for a connection here."""
-ENDED = "has ended and serves one use only"
+ENDED = "has ended and can be used only once"
 
 
 class BoomError(Exception):

@@ -16,7 +16,7 @@ from tests.support.databases import JudgeFor
 from tests.support.site import Site
 from tests.support.tables import Note, engine_with_tables
 
-REFUSED = r"^1 changed objects of AsyncSession \(.+\) cannot be flushed in a read-only unit of work: write"
+REFUSED = r"^1 changed object of AsyncSession \(.+\) cannot be flushed in a read-only unit of work: write"
 REFUSED_BY_DATABASE = r"(?i)read.?only"
 LEVELS = {
     "postgresql": ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"],  # asyncpg's: it lacks the fourth

@@ -243,7 +243,7 @@ async def test_partial_is_refused_by_its_function_s_name(sqlite_worker: Site) ->
     work = db.transactional(retries=1)(functools.partial(pay, "alice"))
     assert await work() == "alice"
     async with db():
-        with pytest.raises(PropagationError, match=r"<locals>\.pay: retries cannot do a part of an open"):
+        with pytest.raises(PropagationError, match=r"<locals>\.pay: retries cannot repeat part of an open"):
             await work()
 
 
@@ -256,7 +256,9 @@ async def test_refused_inside_a_request(sqlite_url: str, make_site: MakeSite) ->
 
     @site.app.get("/")
     async def route() -> str:
-        with pytest.raises(PropagationError, match=r"charge_card: retries cannot do a part of an open unit"):
+        with pytest.raises(
+            PropagationError, match=r"charge_card: retries cannot repeat part of an open unit"
+        ):
             await charge_card()
         return "refused"
 

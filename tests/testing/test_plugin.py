@@ -186,3 +186,43 @@ def test_nothing_is_used_unasked(tmp_path: Path) -> None:
     assert "define a fixture `sandbox_app` that returns your application" in printed
     assert "define a fixture `sandbox_template` of the session's scope" in printed
     assert "1 passed, 2 errors" in printed, printed
+
+
+WITHOUT_LOOP = """
+def test_plain(sandbox):
+    pass
+
+async def test_coroutine(sandbox):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_sandbox_without_an_event_loop(tmp_path: Path) -> None:
+    """A test that runs in no event loop learns what to install, and what a plain function uses."""
+    printed = run(tmp_path, "sqlite+aiosqlite://", WITHOUT_LOOP, "-p", "no:asyncio")
+    assert (
+        printed.count("install pytest-asyncio 0.24 or later, or mark the test with `@pytest.mark.anyio`") == 2
+    )
+    assert "A `def` test uses `sandbox_client` and its `client_sandbox`" in printed
+    assert "2 errors" in printed, printed
+
+
+MISSING = """
+import pytest
+
+@pytest.fixture
+def sandbox_databases(nosuch):
+    return ()
+
+@pytest.mark.asyncio
+async def test_missing(sandbox):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_missing_fixture_of_the_users(tmp_path: Path) -> None:
+    """A fixture that is missing elsewhere is named as pytest names it."""
+    printed = run(tmp_path, "sqlite+aiosqlite://", MISSING)
+    assert "fixture 'nosuch' not found" in printed, printed

@@ -1,16 +1,22 @@
 """COMMITs and connections that a test makes fail look as the driver's own failures do."""
 
 import logging
+from collections.abc import Callable
 
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from fastapi_async_sqlalchemy import ConfigurationError, SessionProxy, create_middleware_and_session_proxy
-from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, sandbox
+from fastapi_async_sqlalchemy import (
+    ConfigurationError,
+    SessionProxy,
+    create_middleware_and_session_proxy,
+    violated_constraint,
+)
+from fastapi_async_sqlalchemy.testing import CommitFailure, Sandbox, SandboxError, sandbox
 from tests.support.databases import JudgeFor
 from tests.support.site import MakeSite, Site, complaints
 from tests.support.tables import Note
@@ -120,11 +126,88 @@ async def test_request_whose_commit_fails(database_url: str, make_site: MakeSite
         assert await notes(site.db) == ["refused"]
 
 
+LONG = "c" * 64
+
+
+@pytest.mark.parametrize("name", ["uq_account_owner", "it's", LONG])
+async def test_error_names_the_constraint(name: str, make_site: MakeSite, driver_url: str) -> None:
+    """A handler learns from the error which constraint it is, wherever real errors say so."""
+    site = await make_site(driver_url, commit_on_exit=True)
+
+    @site.app.post("/")
+    async def post() -> None:
+        await site.db.session.execute(insert(Note).values(text="refused"))
+
+    @site.app.exception_handler(IntegrityError)
+    async def answer(_: object, error: Exception) -> JSONResponse:
+        return JSONResponse(violated_constraint(error), status_code=409)
+
+    async with sandbox(site.db) as box, site.client() as client:
+        box.fail_commit(constraint=name)
+        answered = await client.post("/")
+        assert (answered.status_code, answered.json()) == (409, None if "sqlite" in driver_url else name)
+        assert await notes(site.db) == []
+
+
+async def test_sqlite_names_a_check(sqlite_worker: Site) -> None:
+    """SQLite's errors name a CHECK, and no other constraint, be it written with quotes or without."""
+    tables = (
+        "CREATE TABLE account (owner VARCHAR CONSTRAINT uq_owner UNIQUE, cents INTEGER,"
+        ' CONSTRAINT "not_negative" CHECK (cents >= 0), constraint limited check (cents < 100))'
+    )
+    async with sqlite_worker.engine.begin() as connection:
+        await connection.execute(text(tables))
+    async with sandbox(sqlite_worker.db) as box:
+        for name, named in (("not_negative", True), ("limited", True), ("uq_owner", False), ("limit", False)):
+            box.fail_commit(constraint=name)
+            with pytest.raises(IntegrityError) as raised:
+                await write(sqlite_worker.db, "refused")
+            assert violated_constraint(raised.value) == (name if named else None)
+
+
+NO_COMMIT = "has met no COMMIT of a transaction that has written: commit a write after that call, or leave it"
+Arm = Callable[[Sandbox, SessionProxy[AsyncSession]], None]
+UNMET: dict[str, tuple[Arm, str]] = {
+    "COMMIT": (lambda box, _: box.fail_commit("conflict"), rf"fail_commit\('conflict'\) {NO_COMMIT}"),
+    "COMMIT of one": (
+        lambda box, db: box.fail_commit(on=db),
+        rf"fail_commit\('constraint'\) on AsyncSession .* {NO_COMMIT}",
+    ),
+    "statement": (
+        lambda box, _: box.lose_connection(),
+        r"lose_connection\(\) has met no statement: send one after that call, or leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arm", "message"), UNMET.values(), ids=UNMET)
+async def test_failure_that_nothing_met(sqlite_worker: Site, arm: Arm, message: str) -> None:
+    """A test whose failure has not come about proves nothing, and the sandbox says so at its end."""
+
+    async def try_out(*errors: Exception) -> None:
+        async with sandbox(sqlite_worker.db) as box:
+            await write(sqlite_worker.db, "too early")
+            assert await notes(sqlite_worker.db) == ["too early"]
+            arm(box, sqlite_worker.db)
+            for error in errors:
+                raise error
+
+    with pytest.raises(SandboxError, match=message):
+        await try_out()
+    with pytest.raises(ZeroDivisionError):  # the test's own error comes first
+        await try_out(ZeroDivisionError())
+    assert await notes(sqlite_worker.db) == []
+
+
 async def test_wrong_failures_are_refused() -> None:
     """A failure that there is not, and what is no proxy, are told at once."""
     _, db = create_middleware_and_session_proxy()
     async with sandbox(db) as box:
         with pytest.raises(ConfigurationError, match="failure must be one of constraint, conflict, lost"):
             box.fail_commit("boom")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the mistake
+        with pytest.raises(ConfigurationError, match="constraint must be the name of a constraint, not 5"):
+            box.fail_commit(constraint=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the mistake
+        with pytest.raises(ConfigurationError, match="'lost' violates no constraint: leave constraint out"):
+            box.fail_commit("lost", constraint="uq_owner")
         with pytest.raises(ConfigurationError, match="on must be a proxy such as `db`, not "):
             box.lose_connection(on=FastAPI())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # the mistake

@@ -175,6 +175,24 @@ def test_wrapper_counts_and_refuses(sqlite_url: str, test_client: "type[TestClie
         client.get("/notes")
 
 
+def test_failure_that_no_request_met(sqlite_url: str, test_client: "type[TestClient]") -> None:
+    """A client's block ends with the error of a failure that no request has met."""
+    middleware, db = create_middleware_and_session_proxy(AsyncSession)
+    app = FastAPI()
+    app.add_middleware(middleware, db_url=sqlite_url, commit_on_exit=True)
+    add_routes(app, db)
+    asyncio.run(_make_tables(sqlite_url))
+    wrapped = SandboxedApp(app, db)
+
+    def read() -> None:
+        with test_client(wrapped) as client:
+            wrapped.box.fail_commit()
+            assert client.get("/notes").json() == []
+
+    with pytest.raises(SandboxError, match="has met no COMMIT"):
+        read()
+
+
 async def test_application_may_use_one_loop_only(
     undoing_ddl_url: str, test_client: "type[TestClient]"
 ) -> None:

@@ -59,7 +59,7 @@ class Refusal:
 BOOM = Refusal(BoomError, r"^boom$")
 CANCELLED = Refusal(asyncio.CancelledError, r"^$")
 DUPLICATE = Refusal(IntegrityError, r"(?i)unique")
-ENDED = Refusal(UnitClosedError, r"has ended and serves one use only")
+ENDED = Refusal(UnitClosedError, r"has ended and can be used only once")
 LEAVE_FIRST = Refusal(InvalidRequestError, r"Can't operate on closed transaction inside context manager")
 ABORTED = Refusal(DBAPIError, r"current transaction is aborted")
 AWAY = Refusal(DBAPIError, r"current transaction is aborted")

@@ -405,7 +405,7 @@ async def test_swallowed_statement_error_before_commit(
             log.all(unit)
             await commit(unit)
 
-    with pytest.raises(UnexpectedRollbackError, match="has given the transaction up") as raised:
+    with pytest.raises(UnexpectedRollbackError, match="has aborted the transaction") as raised:
         await work()
     assert "division by zero" in str(raised.value.__cause__)
     assert log == ["before", "rolled back"]
@@ -431,7 +431,7 @@ async def test_no_before_commit_after_a_swallowed_statement_error(
             if by != "leaving":
                 await (unit if by == "unit" else unit.session).commit()
 
-    with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+    with pytest.raises(UnexpectedRollbackError, match="has aborted the transaction"):
         await work()
     assert log == ["rolled back"]
     assert await postgresql_worker.notes() == []

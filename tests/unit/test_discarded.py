@@ -219,7 +219,8 @@ async def test_discarded_writes_are_told(
         await act(unit.session)
         committed = await worker.notes()
     (complaint,) = complaints(caplog)
-    assert f": {statements} statements and {objects} unflushed objects are rolled back" in complaint
+    sent, pending = "s" * (statements != 1), "s" * (objects != 1)
+    assert f": {statements} statement{sent} and {objects} unflushed object{pending} are rolled" in complaint
     assert complaint.startswith("WARNING: ")
     assert "commit_on_exit=True" in complaint
     assert "await db.session.commit()" in complaint

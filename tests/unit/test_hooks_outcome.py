@@ -259,9 +259,9 @@ async def test_nobody_commits_what_a_hook_wrote(
     assert log == ["hook's rolled back"]
     assert await site.notes() == ["a"]
     (complaint,) = complaints(caplog)
-    counted = "1 statements and 0" if flushes else "0 statements and 1"
+    flushed, pending = "1 statement and 0 unflushed objects", "0 statements and 1 unflushed object"
     assert complaint.startswith("WARNING: ")
-    assert f"{counted} unflushed objects are rolled back at the end of their unit" in complaint
+    assert f"{flushed if flushes else pending} are rolled back at the end of their unit" in complaint
 
 
 async def commit_twice(unit: Unit) -> None:
@@ -308,7 +308,7 @@ async def test_statement_that_fails_in_a_hook(postgresql_worker: Site, act: Act,
     async def fail(unit: Unit) -> None:
         await unit.session.execute(text("SELECT 1/0"))
 
-    await work_and_fail(postgresql_worker, act, fail, log, "has given the transaction up")
+    await work_and_fail(postgresql_worker, act, fail, log, "has aborted the transaction")
 
 
 @pytest.mark.parametrize("act", ENDS)

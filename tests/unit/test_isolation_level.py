@@ -179,3 +179,60 @@ def test_deferrable_is_refused_elsewhere(dialect: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^deferrable is PostgreSQL's alone: .* {dialect}"):
         db(read_only=True, isolation_level="SERIALIZABLE", deferrable=True)
     db(deferrable=False)
+
+
+SERIALIZABLE_ENGINES: list[dict[str, Any]] = [
+    {"isolation_level": "SERIALIZABLE"},
+    {"execution_options": {"isolation_level": "SERIALIZABLE"}},
+    {"execution_options": {"isolation_level": "SERIALIZABLE", "postgresql_readonly": True}},
+]
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {},
+    {"read_only": True},
+    {"isolation_level": "SERIALIZABLE"},
+    {"read_only": False, "isolation_level": "SERIALIZABLE"},
+    {"read_only": True, "isolation_level": "REPEATABLE READ"},
+]
+NO_EFFECT = r"^PostgreSQL gives deferrable .*: give read_only=True and isolation_level='SERIALIZABLE' as well"
+
+
+@pytest.mark.parametrize("settings", WITHOUT_EFFECT, ids=repr)
+async def test_deferrable_without_effect_is_refused(settings: dict[str, Any]) -> None:
+    """A unit that PostgreSQL would not defer is refused when it is asked for, or when a block cannot join."""
+    db = bound_to(NO_SERVER["postgresql"])
+    for block in (db, db.begin, db.per_task):
+        with pytest.raises(ConfigurationError, match=NO_EFFECT):
+            block(deferrable=True, **settings)
+
+    @db.transactional(deferrable=True, **settings)
+    async def work() -> None:
+        pytest.fail("it ran")
+
+    with pytest.raises(ConfigurationError, match=NO_EFFECT):
+        await work()
+    with pytest.raises(ConfigurationError, match=NO_EFFECT):
+        await db(propagation="required", deferrable=True, **settings).__aenter__()
+
+
+@pytest.mark.parametrize("engine_args", SERIALIZABLE_ENGINES, ids=repr)
+async def test_deferrable_by_the_engine_and_the_pair(postgresql_url: str, engine_args: Any) -> None:
+    """The level may be the engine's, and read-only the pair's or the engine's: together they defer."""
+    reads = "postgresql_readonly" in engine_args.get("execution_options", {})
+    _, db = create_middleware_and_session_proxy(AsyncSession, read_only=not reads)
+    async with db.connect(postgresql_url, engine_args=engine_args), db(deferrable=True) as unit:
+        for name in ("transaction_deferrable", "transaction_read_only"):
+            assert await unit.session.scalar(text(f"SHOW {name}")) == "on"
+        assert await level_of(unit.session) == "SERIALIZABLE"
+        async with db(propagation="required", deferrable=True) as joined:
+            assert joined is unit
+
+
+async def test_deferrable_joins_a_unit_that_defers(single_postgresql: Site) -> None:
+    """A joined block takes the level and read-only from its unit."""
+    db = single_postgresql.db
+    settings: dict[str, Any] = {"read_only": True, "isolation_level": "SERIALIZABLE"}
+    async with (
+        db(deferrable=True, **settings) as unit,
+        db(propagation="required", deferrable=True) as joined,
+    ):
+        assert joined is unit

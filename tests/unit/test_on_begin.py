@@ -212,7 +212,7 @@ async def test_swallowed_on_begin_error_sends_nothing(
                     await send(unit.session)
             await unit.commit()
 
-    given_up = r"is rolled back|has been rolled back|has given the transaction up"
+    given_up = r"is rolled back|has been rolled back|has aborted the transaction"
     with pytest.raises((PendingRollbackError, UnexpectedRollbackError), match=given_up):
         await work()
     assert worker.checked_out() == 0

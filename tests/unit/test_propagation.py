@@ -29,7 +29,7 @@ Db = SessionProxy[AsyncSession]
 Unit = UnitOfWork[AsyncSession]
 JOINING: tuple[Propagation, ...] = ("required", "nested", "mandatory")
 OPENING: tuple[Propagation, ...] = ("requires_new", "required", "nested", "never")
-ENDED = r"has ended and serves one use only"
+ENDED = r"has ended and can be used only once"
 
 
 # Inside a unit.
@@ -117,7 +117,7 @@ async def test_joined_blocks_go_with_their_owner(
         await block(worker.db, propagation, "inside")
     assert await worker.notes() == []
     (complaint,) = complaints(caplog)
-    assert "1 statements and 0 unflushed objects are rolled back" in complaint
+    assert "1 statement and 0 unflushed objects are rolled back" in complaint
 
 
 @pytest.mark.parametrize("end", [None, BoomError("boom")], ids=repr)

@@ -421,6 +421,17 @@ async def test_set_rollback_only_rolls_back_in_silence(
     assert await stage.site.notes() == []
 
 
+async def test_commit_after_set_rollback_only(sqlite_worker: Site) -> None:
+    """The error says what to leave out, and nothing of savepoints."""
+    async with sqlite_worker.db.begin() as unit:
+        unit.set_rollback_only()
+        with pytest.raises(
+            UnexpectedRollbackError, match=r"was called: leave out commit\(\), because"
+        ) as raised:
+            await unit.commit()
+        assert "savepoint" not in str(raised.value)
+
+
 async def test_set_rollback_only_without_commit_on_exit(
     worker: Site, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,7 +116,7 @@ async def test_level_of_a_unit_wins_over_its_engine(database_url: str, given_by:
 
 
 @pytest.mark.parametrize("given_by", ["isolation_level", "execution_options"])
-@pytest.mark.parametrize("settings", [{"read_only": True}, {"deferrable": True}])
+@pytest.mark.parametrize("settings", [{"read_only": True}, {"read_only": True, "deferrable": True}])
 def test_autocommit_has_no_transaction_to_be_read_only(given_by: str, settings: dict[str, Any]) -> None:
     """On AUTOCOMMIT PostgreSQL would let a read-only unit write: it is refused, with both remedies."""
     options: Any = {"isolation_level": "AUTOCOMMIT"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -26,7 +27,7 @@ from tests.support.databases import Judge, JudgeFor, fresh_database
 from tests.support.site import Site, checked_in, checked_out, complaints
 from tests.support.tables import ORPHAN, Note, Reply, engine_with_tables
 
-ENDED = r"has ended and serves one use only: open a new one with `async with db\.begin\(\):`"
+ENDED = r"has ended and can be used only once: open a new one with `async with db(\.begin)?\(\):`"
 Unit = UnitOfWork[AsyncSession]
 
 
@@ -103,12 +104,34 @@ async def test_second_engine_is_refused(sqlite_url: str) -> None:
     """Inside `db.connect` another engine is refused; the first one goes on serving."""
     _, db = create_middleware_and_session_proxy()
     async with db.connect(sqlite_url):
-        with pytest.raises(EngineAlreadyBoundError, match="give a second database its own pair"):
+        with pytest.raises(EngineAlreadyBoundError, match=r"leave `async with db\.connect\(\.\.\.\)` out"):
             await db.connect(sqlite_url).__aenter__()
-        with pytest.raises(EngineAlreadyBoundError, match="give a second database its own pair"):
+        with pytest.raises(EngineAlreadyBoundError, match=r"leave `db\.bind\(\)` out"):
             db.bind(create_async_engine(sqlite_url))
+        with pytest.raises(EngineAlreadyBoundError, match="give a second database its own pair"):
+            await db.connect(f"{sqlite_url}.other").__aenter__()
         async with db() as unit:
             assert await unit.session.scalar(select(1)) == 1
+
+
+BLOCKS: dict[str, tuple[Callable[[SessionProxy[AsyncSession]], Any], str]] = {
+    "plain": (lambda db: db(), "db()"),
+    "required": (lambda db: db(propagation="required"), "db()"),
+    "begin": (lambda db: db.begin(), "db.begin()"),
+    "per_task": (lambda db: db.per_task(), "db.per_task()"),
+}
+
+
+@pytest.mark.parametrize(("opening", "code"), BLOCKS.values(), ids=BLOCKS)
+async def test_block_entered_twice(
+    sqlite_worker: Site, opening: Callable[[SessionProxy[AsyncSession]], Any], code: str
+) -> None:
+    """The error names the call that opens another such block."""
+    block = opening(sqlite_worker.db)
+    async with block:
+        pass
+    with pytest.raises(UnitClosedError, match=re.escape(f"open a new one with `async with {code}:`")):
+        await block.__aenter__()
 
 
 async def test_unit_without_an_engine_is_refused() -> None:
@@ -251,7 +274,7 @@ async def test_swallowed_error_beside_a_bound_engine(
                     await unit.session.execute(text("SELECT 1/0"), bind_arguments=engines[name])
 
     async with engine_with_tables(second_url) as engine, Judge(second_url) as witness:
-        with pytest.raises(UnexpectedRollbackError, match="has given the transaction up"):
+        with pytest.raises(UnexpectedRollbackError, match="has aborted the transaction"):
             await work({"binds": {Reply: engine}})
         assert checked_out(engine.pool) == 0
         assert await witness.scalar("SELECT count(*) FROM note") == 0

@@ -439,7 +439,7 @@ async def test_teardown_of_request_scope_comes_too_late(bare_postgresql: Site) -
         yield
         with pytest.raises(MissingSessionError, match=r"open `async with db\(\):`"):
             _ = bare.db.session
-        with pytest.raises(UnitClosedError, match=r"has ended and serves one use only"):
+        with pytest.raises(UnitClosedError, match=r"has ended and can be used only once"):
             session.add(Note(text="late"))
         told.append("late")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI, Request, Response
+from httpx2 import ASGITransport, AsyncClient
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -18,6 +19,7 @@ from fastapi_async_sqlalchemy import (
     ConfigurationError,
     EngineAlreadyBoundError,
     MissingSessionError,
+    SessionNotInitialisedError,
     SessionProxy,
     create_middleware_and_session_proxy,
 )
@@ -69,7 +71,11 @@ async def test_who_holds_the_engine(first: str, second: str, *, debug: bool) -> 
     pair = create_middleware_and_session_proxy(AsyncSession)
     hold, remedy = HOLDERS[first]
     await hold(pair)
-    with pytest.raises(EngineAlreadyBoundError, match=r"its own pair") as caught:
+    needless = second.startswith("`")
+    other = (
+        rf"leave {re.escape(second)} out, because it names the same database" if needless else "its own pair"
+    )
+    with pytest.raises(EngineAlreadyBoundError, match=other) as caught:
         await HOLDERS[second][0](pair)
     text = str(caught.value)
     assert text.startswith(
@@ -107,8 +113,51 @@ async def test_session_in_a_middleware_outside(make_site: MakeSite, sqlite_url: 
         return await call_next(request)
 
     site = await make_site(sqlite_url, outside=[Middleware(BaseHTTPMiddleware, dispatch=look)])
-    with pytest.raises(MissingSessionError, match=r"must be inside of the pair's own, .* added before"):
+    with pytest.raises(
+        MissingSessionError, match=r"must be inside the pair's middleware: add it before that"
+    ):
         await site.get()
+
+
+async def test_session_of_another_pair(make_site: MakeSite, sqlite_url: str) -> None:
+    """In a request of an application that has another pair's middleware the error names that cause."""
+    site = await make_site(sqlite_url)
+    _, other = create_middleware_and_session_proxy(AsyncSession)
+    other.bind(site.engine)
+
+    @site.app.get("/")
+    async def route() -> None:
+        _ = other.session
+
+    with pytest.raises(MissingSessionError, match=r"has this pair's middleware and not another pair's"):
+        await site.get()
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_session_as_a_dependency(*, connected: bool) -> None:
+    """`Depends(db.session)` looks the session up too early, and the error names `db.dependency`."""
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+    if connected:
+        await by_bind((None, db))
+    kind = MissingSessionError if connected else SessionNotInitialisedError
+    untyped: Any = db
+    with pytest.raises(kind, match=r"(?i)a route takes the session by `Depends\(db\.dependency\)`"):
+        Depends(untyped.session)
+
+
+async def test_client_that_does_not_run_the_lifespan() -> None:
+    """An application whose lifespan never ends holds its engine, and the error names such clients."""
+    pair = create_middleware_and_session_proxy(AsyncSession)
+
+    async def call() -> None:
+        app = FastAPI()
+        app.add_middleware(pair[0], db_url=URL)
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://site") as client:
+            assert (await client.get("/nosuch")).status_code == 404
+
+    await call()
+    with pytest.raises(EngineAlreadyBoundError, match="such as TestClient without `with` and AsyncClient"):
+        await call()
 
 
 @pytest.mark.parametrize("how", ["a default", "annotated", "of the route"])

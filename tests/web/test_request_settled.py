@@ -200,14 +200,14 @@ async def test_inner_base_http_middleware_hides_the_error(
 @pytest.mark.parametrize(
     ("path", "counts"),
     [
-        ("/flushed", "1 statements and 0 unflushed objects"),
+        ("/flushed", "1 statement and 0 unflushed objects"),
         ("/core", "2 statements and 0 unflushed objects"),
-        ("/many", "1 statements and 0 unflushed objects"),
-        ("/connection", "1 statements and 0 unflushed objects"),
-        ("/committed-before", "1 statements and 0 unflushed objects"),
-        ("/pending", "0 statements and 1 unflushed objects"),
-        ("/deleted", "0 statements and 1 unflushed objects"),
-        ("/changed", "0 statements and 1 unflushed objects"),
+        ("/many", "1 statement and 0 unflushed objects"),
+        ("/connection", "1 statement and 0 unflushed objects"),
+        ("/committed-before", "1 statement and 0 unflushed objects"),
+        ("/pending", "0 statements and 1 unflushed object"),
+        ("/deleted", "0 statements and 1 unflushed object"),
+        ("/changed", "0 statements and 1 unflushed object"),
     ],
 )
 async def test_write_that_nobody_commits(

@@ -97,7 +97,7 @@ async def test_tail_is_discarded_without_commit_on_exit(
     assert (await site.get()).text == "done"
     assert await site.notes() == ["head"]
     (complaint,) = complaints(caplog)
-    assert "1 statements and 0 unflushed objects are rolled back" in complaint
+    assert "1 statement and 0 unflushed objects are rolled back" in complaint
 
 
 @pytest.mark.parametrize("kind", TAILS)

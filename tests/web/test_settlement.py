@@ -186,8 +186,8 @@ async def test_body_adds_while_its_start_lets_go(
     response = await site.get()
     assert response.status_code == 200
     (complaint,) = complaints(caplog)
-    counted = "1 statements and 0" if then == "a read" else "0 statements and 1"
-    assert f"{counted} unflushed objects are rolled back" in complaint
+    read, unread = "1 statement and 0 unflushed objects", "0 statements and 1 unflushed object"
+    assert f"{read if then == 'a read' else unread} are rolled back" in complaint
     assert await site.notes() == []
 
 

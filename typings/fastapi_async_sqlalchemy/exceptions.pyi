@@ -31,7 +31,13 @@ class ConfigurationError(FastAPIAsyncSQLAlchemyError, ValueError):
     def __init__(self, parameter: str, wanted: str | None = None, value: object = None) -> None: ...
 
 class EngineAlreadyBoundError(ConfigurationError, RuntimeError):
-    def __init__(self, database: str, holder: str | None = None, remedy: str | None = None) -> None: ...
+    def __init__(
+        self,
+        database: str,
+        holder: str | None = None,
+        remedy: str | None = None,
+        needless: str | None = None,
+    ) -> None: ...
 
 class SessionNotInitialisedError(FastAPIAsyncSQLAlchemyError, RuntimeError):
     def __init__(self, database: str) -> None: ...

@@ -49,6 +49,11 @@ class Holder:
     where: str | None = None
     """The user's line that began the use, in debug mode."""
 
+    @property
+    def is_call(self) -> bool:
+        """Whether its name is code that may be left out, and no middleware."""
+        return self.name.startswith("`")
+
     def __str__(self) -> str:
         return f"{self.name} at {self.where}" if self.where else self.name
 
@@ -125,7 +130,7 @@ def create_engine(name: str, url: object, engine_args: Mapping[str, Any] | None)
         raise ConfigurationError(message) from error
     except ModuleNotFoundError as error:
         remedy = (
-            "install it, for example with the extra of this package that brings it: "
+            "install it, for example with the extra that installs it: "
             "[postgresql], [psycopg], [sqlite], [mysql] or [asyncmy]"
         )
         message = f"{name}: no driver of {driver!r} is installed: {remedy if '+' in driver else _DRIVERS}."

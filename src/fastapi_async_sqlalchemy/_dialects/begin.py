@@ -103,6 +103,19 @@ def commits_by_itself(engine: AsyncEngine | Engine) -> bool:
     return engine.get_execution_options().get("isolation_level", level) == "AUTOCOMMIT"
 
 
+def require_deferrable(engine: AsyncEngine, settings: TransactionSettings) -> None:
+    """Raise ``ConfigurationError`` if neither the settings nor the engine let `deferrable` have an effect."""
+    options, level = engine.get_execution_options(), engine.dialect._on_connect_isolation_level
+    level = settings.isolation_level or options.get("isolation_level", level)
+    read_only = options.get("postgresql_readonly") if settings.read_only is None else settings.read_only
+    if settings.deferrable and not (read_only and level == "SERIALIZABLE"):
+        message = (
+            "PostgreSQL gives deferrable an effect only in a SERIALIZABLE READ ONLY transaction: "
+            "give read_only=True and isolation_level='SERIALIZABLE' as well, or leave deferrable out."
+        )
+        raise ConfigurationError(message)
+
+
 def require_read_only_twophase(engine: AsyncEngine) -> None:
     """Raise ``ConfigurationError`` for a database whose two-phase transactions cannot be read-only."""
     if engine.dialect.name != "postgresql":

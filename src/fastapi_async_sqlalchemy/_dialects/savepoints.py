@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, TypeAlias
 
@@ -15,6 +16,11 @@ CommitFailure: TypeAlias = Literal["constraint", "conflict", "lost", "lost_after
 
 _ABORTED: Final = "25P02"
 """PostgreSQL's in_failed_sql_transaction."""
+
+
+def _escaped(value: object) -> str:
+    """Return a value for a literal between single quotes."""
+    return str(value).replace("'", "''")
 
 
 class Send(Protocol):
@@ -56,8 +62,8 @@ class Savepoints:
     def refuse_write(self) -> None:
         """Raise the error for a write in a read-only transaction, unless the database raises it itself."""
 
-    def fail(self, failure: CommitFailure) -> NoReturn:
-        """Raise the error of a COMMIT that is refused."""
+    def fail(self, failure: CommitFailure, constraint: str | None) -> NoReturn:
+        """Raise the error of a COMMIT that is refused, with the name of a constraint if errors have it."""
         raise NotImplementedError
 
 
@@ -69,8 +75,7 @@ class _Postgresql(Savepoints):
         self.restore = ""
         rows = self.send("SELECT name, setting FROM pg_settings WHERE source = 'session'", rows=True)
         for name, setting in rows:  # a listener to `connect` has made them
-            quoted = str(setting).replace("'", "''")
-            self.restore += f" PERFORM set_config('{name}', '{quoted}', false);"
+            self.restore += f" PERFORM set_config('{name}', '{_escaped(setting)}', false);"
 
     def has_written(self) -> bool:
         return bool(self.send("SELECT txid_current_if_assigned() IS NOT NULL", rows=True)[0][0])
@@ -93,9 +98,12 @@ class _Postgresql(Savepoints):
     def check(self) -> None:
         self.send(_CHECK.format(self._reset))
 
-    def fail(self, failure: CommitFailure) -> NoReturn:
+    def fail(self, failure: CommitFailure, constraint: str | None) -> NoReturn:
         code, message = _POSTGRESQL_FAILURES[failure]
-        self.send(f"DO $$ BEGIN RAISE EXCEPTION USING ERRCODE = '{code}', MESSAGE = '{message}'; END $$")
+        fields = f"ERRCODE = '{code}', MESSAGE = '{message}'"
+        if constraint is not None:
+            fields += f", CONSTRAINT = '{_escaped(constraint)}'"
+        self.send(f"DO $sandbox$ BEGIN RAISE EXCEPTION USING {fields}; END $sandbox$")
         raise AssertionError(failure)
 
 
@@ -110,8 +118,11 @@ BEGIN
 END $sandbox$"""
 _POSTGRESQL_FAILURES: Final = MappingProxyType(
     {
-        "constraint": ("23503", "insert or update violates a foreign key constraint (the sandbox says so)"),
-        "conflict": ("40001", "could not serialize access (the sandbox says so)"),
+        "constraint": (
+            "23503",
+            "insert or update violates a foreign key constraint (simulated by the sandbox)",
+        ),
+        "conflict": ("40001", "could not serialize access (simulated by the sandbox)"),
     }
 )
 
@@ -124,16 +135,21 @@ class _Mysql(Savepoints):
     def refuse_write(self) -> None:
         self.send(_SIGNAL.format("25006", 1792, "Cannot execute statement in a READ ONLY transaction"))
 
-    def fail(self, failure: CommitFailure) -> NoReturn:
-        self.send(_SIGNAL.format(*_MYSQL_FAILURES[failure]))
+    def fail(self, failure: CommitFailure, constraint: str | None) -> NoReturn:
+        state, code, message = _MYSQL_FAILURES[failure]
+        if constraint is not None:
+            message = _MYSQL_CONSTRAINT.format(_escaped(constraint))
+        self.send(_SIGNAL.format(state, code, message))
         raise AssertionError(failure)
 
 
 _SIGNAL: Final = "SIGNAL SQLSTATE '{}' SET MYSQL_ERRNO = {}, MESSAGE_TEXT = '{}'"
+_MYSQL_CONSTRAINT: Final = "fails (simulated by the sandbox, CONSTRAINT `{}` FOREIGN KEY)"
+"""The error's text has room for 128 characters, and a name may have 64."""
 _MYSQL_FAILURES: Final = MappingProxyType(
     {
-        "constraint": ("23000", 1452, "a foreign key constraint fails (the sandbox says so)"),
-        "conflict": ("40001", 1213, "Deadlock found (the sandbox says so)"),
+        "constraint": ("23000", 1452, "a foreign key constraint fails (simulated by the sandbox)"),
+        "conflict": ("40001", 1213, "Deadlock found (simulated by the sandbox)"),
     }
 )
 
@@ -178,14 +194,24 @@ class _Sqlite(Savepoints):
             return frozenset()
         return frozenset(tuple(row) for row in self.send("PRAGMA foreign_key_check", rows=True))
 
+    def _is_check(self, constraint: str) -> bool:
+        """Whether a table has a CHECK of that name: SQLite's errors name no other constraint."""
+        check = re.compile(rf"CONSTRAINT\s+[\"`\[]?{re.escape(constraint)}[\"`\]]?\s+CHECK\b", re.IGNORECASE)
+        tables = self.send("SELECT sql FROM sqlite_master WHERE type = 'table'", rows=True)
+        return any(check.search(sql) for (sql,) in tables)
+
     def _raise(self, kind: str, message: str, code: int, name: str) -> NoReturn:
         error = getattr(self.engine.dialect.dbapi, kind)(message)
         error.sqlite_errorcode, error.sqlite_errorname = code, name
         raise error
 
-    def fail(self, failure: CommitFailure) -> NoReturn:
+    def fail(self, failure: CommitFailure, constraint: str | None) -> NoReturn:
         if failure == "conflict":
             self._raise("OperationalError", "database is locked", 5, "SQLITE_BUSY")
+        if constraint is not None and self._is_check(constraint):
+            self._raise(
+                "IntegrityError", f"CHECK constraint failed: {constraint}", 275, "SQLITE_CONSTRAINT_CHECK"
+            )
         self._raise("IntegrityError", "FOREIGN KEY constraint failed", 787, "SQLITE_CONSTRAINT_FOREIGNKEY")
 
 

@@ -30,6 +30,9 @@ BeginHook: TypeAlias = Callable[[Connection], object]
 """A hook for the beginning of a transaction: a plain function of SQLAlchemy's synchronous connection."""
 
 ROLLBACK_ONLY: Final = "set_rollback_only() was called"
+_LET_IT_END: Final = (
+    "leave out commit(), because the end of the unit rolls back, or call rollback() before it"
+)
 JOINED: Final = "a block that had joined it failed"
 _HOOK_FAILED: Final = "a before_commit hook failed"
 _HOOK_RAISED: Final = "A hook of %s failed after its outcome: %r"
@@ -99,7 +102,8 @@ class Hooks:
             remedy = "atomic() commits it with those of the other databases when its block ends"
             raise TransactionBegunError(self.shared.name, remedy)
         if self.mark is not None:
-            raise UnexpectedRollbackError(self.shared.name, self.mark.reason) from self.mark.cause
+            advice = _LET_IT_END if self.mark.reason is ROLLBACK_ONLY else None
+            raise UnexpectedRollbackError(self.shared.name, self.mark.reason, advice) from self.mark.cause
 
     def begun(self, connection: Connection) -> None:
         """Run the hooks before a transaction's first statement; discard the connection if one fails."""

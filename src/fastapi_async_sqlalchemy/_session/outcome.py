@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 BROKEN: Final = "it was rolled back in the middle of a block that had joined it"
-_ABORTED: Final = "a statement in it failed and the database has given the transaction up"
+_ABORTED: Final = "a statement in it failed and the database has aborted the transaction"
 OWN_UNIT: Final = (
     "await the block's task before the unit commits, rolls back or ends, or give the block a separate unit "
     "by propagation='requires_new'"

@@ -268,7 +268,7 @@ class SessionState:
         if self.writing().note_error(context, statement, committing=committing, xid=self.xid):
             logger.error(
                 "COMMIT on %s was interrupted (%s): its outcome is unknown, no hook runs and the connection "
-                "is discarded; look the data up before repeating the work.",
+                "is discarded; check the data before you repeat the work.",
                 self.shared.name,
                 type(context.original_exception).__name__,
                 extra=self.shared.fields(unit, "unknown", self.ledger.written),

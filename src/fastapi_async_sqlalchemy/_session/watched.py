@@ -12,6 +12,7 @@ from weakref import ref
 
 from sqlalchemy.orm import Session, SessionTransaction
 
+from ..exceptions import _counted
 from . import turns
 from .outcome import decide_rollback, end_interrupted, follow, refuse_half, require_commit
 from .state import LateState, StatefulSession, has_written, pending
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 _CLOSED: Final = (
-    "close() on %s rolls back %d statements and %d unflushed objects, because nothing committed them: call "
+    "close() on %s rolls back %s and %s, because nothing committed them: call "
     "`await db.session.commit()` before, or leave the session for its unit to close."
 )
 _GUARDS: Final[tuple[tuple[Callable[[Callable[..., Any]], Callable[..., Any]], tuple[str, ...]], ...]] = (
@@ -127,7 +128,8 @@ def reset(session: StatefulSession) -> None:
     if has_written(session):
         written = state.ledger.written
         extra = state.shared.fields(session.hash_key, "rolled back", written)
-        logger.warning(_CLOSED, state.shared.name, written, pending(session), extra=extra)
+        objects = _counted(pending(session), "unflushed object")
+        logger.warning(_CLOSED, state.shared.name, _counted(written, "statement"), objects, extra=extra)
     decide_rollback(session)
     try:
         Session.reset(session)

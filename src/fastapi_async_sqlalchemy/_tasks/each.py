@@ -186,7 +186,7 @@ class TaskUnitsScope(OneUse, Generic[S_co]):
         new = self.new
         if not new.database.connected and not self._entered:
             raise SessionNotInitialisedError(new.database.name)
-        self._enter_once(new.database.name)
+        self._enter_once(new.database.name, "`async with db.per_task():`")
         owner = cast("asyncio.Task[Any]", asyncio.current_task())
         self.outer = new.current.get()
         self.units = TaskUnits(self.outer, config=new.config, owner=owner)

@@ -9,6 +9,7 @@ from sqlalchemy.sql import text
 
 from .._arguments.checks import positive
 from .._session.checkout import Checkout, limits_of
+from ..exceptions import _counted
 
 if TYPE_CHECKING:
     from .._session.state import StatefulSession
@@ -33,7 +34,7 @@ async def ping(database: Database[Any], timeout: float) -> None:  # noqa: ASYNC1
             if not deadline.expired():
                 raise  # the driver's own
             message = (
-                f"{database.name} did not answer within {timeout:g} seconds, although it has let a "
+                f"{database.name} did not answer within {_counted(timeout, 'second')}, although it has let a "
                 "connection in: look at its load, its disk and the network."
             )
             raise TimeoutError(message) from error

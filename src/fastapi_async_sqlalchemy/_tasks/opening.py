@@ -11,6 +11,7 @@ from .._arguments.checks import begin_of, boolean, mapping, propagation_of
 from .._arguments.engines import holder
 from .._arguments.keywords import session_arguments
 from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
+from .._dialects.begin import require_deferrable
 from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
 from .._session.state import has_written
@@ -74,6 +75,8 @@ def open_scope(
         session_args = cast("SessionArgs", session_arguments(session_args)) or None
     if session_args or settings is not database.settings:
         make = database.maker(session_args, settings)
+        if propagation == "requires_new":  # another block may join a unit that has the settings
+            require_deferrable(database.engine, settings)
     config = database.configs[commits]
     if make or limits:
         config = UnitConfig(database, settings, make, limits, commits)

@@ -59,7 +59,7 @@ def transactional(
         if not alone():
             raise PropagationError(
                 _name(function),
-                "retries cannot do a part of an open unit of work again",
+                "retries cannot repeat part of an open unit of work",
                 "call it outside, retry the outer function, or use propagation='requires_new'",
             )
         return await retrying(*args, **kwargs)

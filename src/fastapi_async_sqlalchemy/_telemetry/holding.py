@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
 from .._arguments.checks import positive
+from ..exceptions import _counted
 from .logs import fields
 from .observer import Observer
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
 _TOO_LONG: Final = (
-    "%s: %s has held a connection for %g seconds%s: end its transaction before slow work, by "
+    "%s: %s has held a connection for %s%s: end its transaction before slow work, by "
     "`await db.unit.commit()`, or look for what it waits for."
 )
 
@@ -52,4 +53,6 @@ class LongHoldWarning(Observer):
         extra = fields(
             unit.pool.database, unit=unit.number, request=unit.request, statements=stats.statements
         )
-        logger.warning(_TOO_LONG, unit.pool.database, unit, self.seconds, more, extra=extra)
+        logger.warning(
+            _TOO_LONG, unit.pool.database, unit, _counted(self.seconds, "second"), more, extra=extra
+        )

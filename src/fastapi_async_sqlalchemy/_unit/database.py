@@ -150,8 +150,11 @@ class Database(Generic[S_co]):
             watcher.check(engine.sync_engine)
         if self._live and engine is not self._engine:
             first = self.holder
-            facts = (str(first), first.remedy) if first is not None else ()
-            raise EngineAlreadyBoundError(self.name, *facts)
+            if first is None:
+                raise EngineAlreadyBoundError(self.name)
+            same = self._engine is not None and engine.url == self._engine.url
+            needless = by.name if same and by.is_call else None
+            raise EngineAlreadyBoundError(self.name, str(first), first.remedy, needless)
         self._make = self._maker(engine, arguments, _beginning(self.settings, begin))
         self.begin = begin
         self._engine, self._live, self.holder, self._session_args = engine, True, by, arguments

@@ -133,8 +133,9 @@ def leave(current: ContextVar[Place[S_co]], ended: Place[S_co], outer: Place[S_c
 def current_variable(database: Database[S_co]) -> ContextVar[Place[S_co]]:
     """Create the variable of one database."""
     remedy = (
-        "open `async with db():` around the work, or call from within a request, where a middleware that "
-        "uses it must be inside of the pair's own, and so be added before that"
+        "open `async with db():` around the work, or call from within a request of an application that has "
+        "this pair's middleware and not another pair's; another middleware that uses it must be inside the "
+        "pair's middleware: add it before that one; a route takes the session by `Depends(db.dependency)`"
     )
     outside: Place[S_co] = NoUnit(None, database=database, where="here", remedy=remedy)
     return ContextVar("fastapi_async_sqlalchemy.unit", default=outside)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Generic, cast
 
 from attrs import Factory, define, field
 
+from .._dialects.begin import require_deferrable
 from .._session.hooks import JOINED
 from .._session.outcome import BROKEN, OWN_UNIT
 from .._session.state import JoinedBlock, task_at_work
@@ -56,11 +57,16 @@ class UnitScope(OneUse, Generic[S_co]):
         """The unit's database."""
         return self.config.database
 
+    @property
+    def opening(self) -> str | None:
+        """The code that opens another such unit, unless it is the usual one."""
+        return None if self.config.commit_on_exit else "`async with db():`"
+
     async def __aenter__(self) -> UnitOfWork[S_co]:
         database = self.config.database
         if not database.connected and not self._entered:
             raise SessionNotInitialisedError(database.name)
-        self._enter_once(database.name)
+        self._enter_once(database.name, self.opening)
         self.unit = unit = UnitOfWork(self.current.get(), self.config, None)
         self.current.set(unit)
         return unit
@@ -136,9 +142,12 @@ class PropagatingScope(OneUse, Generic[S_co]):
             raise PropagationError(name, conflict, remedy)
 
     async def __aenter__(self) -> UnitOfWork[S_co]:
-        self._enter_once(self.new.database.name)
+        self._enter_once(self.new.database.name, self.new.opening)
         self.joined = self.joins()
         if self.joined is None:
+            config = self.new.config
+            if config.settings.deferrable:
+                require_deferrable(config.database.engine, config.settings)
             return await self.new.__aenter__()
         self.block.task = task_at_work()
         self.joined._join(self.block)

@@ -14,7 +14,7 @@ from .._session import restoring
 from .._session.cancellation import clear_frames, to_completion
 from .._session.ending import discard_in_use, end, release
 from .._session.state import has_written, held_by_owner, pending
-from ..exceptions import UnexpectedRollbackError
+from ..exceptions import UnexpectedRollbackError, _counted
 from .unit import CLOSED
 
 if TYPE_CHECKING:
@@ -296,12 +296,12 @@ def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
     if not (statements or objects) or given_up or unit._config.settings.read_only:
         return False
     logger.warning(
-        "%s: %d statements and %d unflushed objects are rolled back at the end of their unit of work, "
+        "%s: %s and %s are rolled back at the end of their unit of work, "
         "because nothing committed them: give the middleware commit_on_exit=True, open a block with "
         "`db.begin()`, or call `await db.session.commit()`.",
         unit._database.name,
-        statements,
-        objects,
+        _counted(statements, "statement"),
+        _counted(objects, "unflushed object"),
         extra=unit._fields("rolled back", statements),
     )
     return True

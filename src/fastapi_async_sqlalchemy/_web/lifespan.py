@@ -34,7 +34,8 @@ _LAST_MESSAGES: Final = frozenset(
     {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
 )
 _END_OF_LIFESPAN: Final = (
-    "that application's lifespan: a TestClient runs it only as `with TestClient(app) as client:`"
+    "that application's lifespan: `with TestClient(app) as client:` runs it; a client that does not run the "
+    "lifespan, such as TestClient without `with` and AsyncClient, never ends it"
 )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .._proxy import SessionProxy
     from .._unit.database import Database
@@ -57,12 +57,22 @@ class SandboxedApp:
             await self._app(scope, receive, send)
             return
         self._require_all()
+        ended: list[Message] = []
+
+        async def hold_end(message: Message) -> None:
+            if message["type"] == "lifespan.shutdown.complete":
+                ended.append(message)  # TestClient would see no error after it
+            else:
+                await send(message)
+
         async with sandbox(*self._databases, timeout=self._timeout) as self._box:
             self._running = True
             try:
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, hold_end)
             finally:
                 self._running = False
+        for message in ended:
+            await send(message)
 
     def _require_all(self) -> None:
         """Refuse an application that would write past the sandbox, unless engines were given in its place."""

@@ -39,6 +39,10 @@ _NO_TEMPLATE: Final = (
     "define a fixture `sandbox_template` of the session's scope that returns the URL of a database with its "
     "tables: each process of pytest-xdist gets a copy of it as `sandbox_url`"
 )
+_NO_LOOP: Final = (
+    "the fixture `sandbox` opens in the event loop of a coroutine test: install pytest-asyncio 0.24 or later,"
+    " or mark the test with `@pytest.mark.anyio`. A `def` test uses `sandbox_client` and its `client_sandbox`"
+)
 _BY_ANYIO: Final = "sandbox by anyio"
 _BY_ASYNCIO: Final = "sandbox by asyncio, loop of: "
 _SCOPES: Final[tuple[Literal["function", "class", "module", "package", "session"], ...]] = (
@@ -101,7 +105,13 @@ def sandbox_of_test(request: pytest.FixtureRequest) -> Sandbox:
         return cast("Sandbox", request.getfixturevalue(_BY_ANYIO))
     marker = request.node.get_closest_marker("asyncio")
     scope = (marker and marker.kwargs.get("loop_scope")) or _ini(request, "asyncio_default_test_loop_scope")
-    return cast("Sandbox", request.getfixturevalue(f"{_BY_ASYNCIO}{scope}"))
+    name = f"{_BY_ASYNCIO}{scope}"
+    try:
+        return cast("Sandbox", request.getfixturevalue(name))
+    except pytest.FixtureLookupError as error:
+        if error.argname != name:
+            raise
+    pytest.fail(_NO_LOOP, pytrace=False)
 
 
 def _ini(request: pytest.FixtureRequest, name: str) -> str:

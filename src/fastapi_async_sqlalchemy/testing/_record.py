@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import Factory, define
 
 from .._unit.place import Handle
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -29,6 +29,15 @@ class _Failure:
     """How a COMMIT fails; None for a statement whose connection is lost."""
     watch: Watch | None
     """The database; None for whichever comes first."""
+    constraint: str | None = None
+    """The name of the constraint that the COMMIT violates."""
+
+    def __str__(self) -> str:
+        where = "" if self.watch is None else f" on {self.watch.name}"
+        if self.commit is None:
+            return f"lose_connection(){where} has met no statement: send one after that call"
+        met = "no COMMIT of a transaction that has written: commit a write after that call"
+        return f"fail_commit({self.commit!r}){where} has met {met}"
 
 
 @define(eq=False, repr=False)
@@ -61,7 +70,7 @@ class Sandbox:
         return self._hooks_run
 
     def assert_statements(self, *, at_most: int) -> None:
-        """Raise ``AssertionError`` if the application has sent more; ``statements.clear()`` starts anew."""
+        """Raise ``AssertionError`` if the application has sent more; ``statements.clear()`` starts again."""
         if len(self.statements) > at_most:
             listed = "\n".join(f"{number}. {one}" for number, one in enumerate(self.statements, 1))
             sent = f"{len(self.statements)} statements were sent"
@@ -74,17 +83,27 @@ class Sandbox:
         self.statements.clear()
 
     def fail_commit(
-        self, failure: CommitFailure = "constraint", *, on: SessionProxy[AsyncSession] | None = None
+        self,
+        failure: CommitFailure = "constraint",
+        *,
+        constraint: str | None = None,
+        on: SessionProxy[AsyncSession] | None = None,
     ) -> None:
         """Make the next COMMIT of a transaction that has written fail, with the driver's own error.
 
         The database refuses it because of a ``constraint`` or a ``conflict``; or the connection is ``lost``
-        on the way, or ``lost_after_commit``. ``on`` is one database's proxy, if the sandbox has several.
+        on the way, or ``lost_after_commit``. ``constraint`` is the name that the error carries, on SQLite
+        only that of a CHECK. ``on`` is one database's proxy, if the sandbox has several.
+
+        The sandbox raises ``SandboxError`` at its end if there was no such COMMIT.
         """
         if failure not in _FAILURES:
             msg = "failure"
             raise ConfigurationError(msg, f"one of {', '.join(_FAILURES)}", failure)
-        self._failures.append(_Failure(failure, _watch(on)))
+        if constraint is not None and failure != "constraint":
+            message = f"A COMMIT that fails by {failure!r} violates no constraint: leave constraint out."
+            raise ConfigurationError(message)
+        self._failures.append(_Failure(failure, _watch(on), _name(constraint)))
 
     def lose_connection(self, *, on: SessionProxy[AsyncSession] | None = None) -> None:
         """Make the next statement find its connection lost; its transaction is rolled back."""
@@ -101,23 +120,35 @@ class Sandbox:
         else:
             self._rollbacks += 1
 
-    def _commit_failure(self, watches: Container[Watch]) -> CommitFailure | None:
-        """Return how the COMMIT that is under way fails, if it does."""
-        return self._next(watches, commit=True)
+    def _commit_failure(self, watches: Container[Watch]) -> tuple[CommitFailure | None, str | None]:
+        """Return how the COMMIT that is under way fails, if it does, and the constraint that it violates."""
+        failure = self._next(watches, commit=True)
+        return (failure.commit, failure.constraint) if failure is not None else (None, None)
 
     def _loses_connection(self, watches: Container[Watch]) -> bool:
         """Whether the statement that is about to be sent finds its connection lost."""
-        before = len(self._failures)
-        self._next(watches, commit=False)
-        return len(self._failures) < before
+        return self._next(watches, commit=False) is not None
 
-    def _next(self, watches: Container[Watch], *, commit: bool) -> CommitFailure | None:
+    def _next(self, watches: Container[Watch], *, commit: bool) -> _Failure | None:
         for failure in self._failures:
             here = failure.watch is None or failure.watch in watches
             if here and (failure.commit is not None) == commit:
                 self._failures.remove(failure)
-                return failure.commit
+                return failure
         return None
+
+    def _require_met(self) -> None:
+        """Raise ``SandboxError`` if a failure still waits for its moment."""
+        if self._failures:
+            reason = f"{self._failures[0]}, or leave it out"
+            raise SandboxError(reason)
+
+
+def _name(constraint: object) -> str | None:
+    if constraint is None or (isinstance(constraint, str) and constraint):
+        return constraint
+    msg = "constraint"
+    raise ConfigurationError(msg, "the name of a constraint", constraint)
 
 
 def _watch(proxy: object) -> Watch | None:

@@ -51,7 +51,7 @@ def sandbox(
     are taken in, too.
 
     Raises ``ConfigurationError`` for a wrong argument, and ``SandboxError`` on exit if the sandbox could not
-    go on to the end.
+    go on to the end, or a failure that the test asked for has not come about.
     """
     for one in databases:
         _require_database(one)
@@ -172,10 +172,11 @@ class _Takeover:
             renew_queue(one.engine, self.loop)
 
     def require(self) -> None:
-        """Raise ``SandboxError`` if a server could not go on."""
+        """Raise ``SandboxError`` if a server could not go on, or a failure has not come about."""
         for server in self.servers.values():
             if server.over:
                 raise SandboxError(server.over)
+        self.box._require_met()
 
 
 def _logical_pool(engine: Engine, own: Pool, server: SandboxServer) -> Pool:

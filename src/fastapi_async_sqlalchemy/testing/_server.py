@@ -20,7 +20,7 @@ from .._dialects.savepoints import connection_lost, has_given_up
 from .._dialects.statements import verb_of, writes
 from .._session.cancellation import to_completion
 from .._session.state import task_at_work, task_name
-from ..exceptions import SandboxError
+from ..exceptions import SandboxError, _counted
 from ._around import sessions_around
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class SandboxServer:
             await_only(asyncio.wait_for(ended, self.timeout))
         except TimeoutError:
             message = (
-                f"{task_name(task_at_work())} has waited {self.timeout:g} seconds for "
+                f"{task_name(task_at_work())} has waited {_counted(self.timeout, 'second')} for "
                 f"{task_name(holder.task)} to end its transaction, because both share one connection: end "
                 "that one sooner, or give sandbox() a longer timeout"
             )
@@ -240,10 +240,10 @@ class SandboxServer:
         self._roll_back(transaction)
 
     def _commit(self, transaction: Logical) -> None:
-        failure = self.box._commit_failure(self.watches) if transaction.wrote else None
+        failure, constraint = self.box._commit_failure(self.watches) if transaction.wrote else (None, None)
         try:
             if failure in {"constraint", "conflict"}:
-                self.connection.savepoints.fail(failure)
+                self.connection.savepoints.fail(failure, constraint)
             self.connection.savepoints.check()
         except Exception as error:
             if has_given_up(error):  # PostgreSQL answers such a COMMIT by ROLLBACK, without an error
