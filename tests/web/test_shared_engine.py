@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from attrs import define
@@ -13,6 +13,7 @@ from sqlalchemy import AsyncAdaptedQueuePool, Engine, event, insert, literal, se
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from fastapi_async_sqlalchemy import (
     ConfigurationError,
@@ -323,6 +324,24 @@ async def test_application_without_lifespan_is_not_released(shop: Shop) -> None:
     assert not shop.accepts_another()
     shop.db.unbind()
     assert shop.accepts_another()
+
+
+async def test_application_that_refuses_the_lifespan(shop: Shop) -> None:
+    """An application that is served although it refused the lifespan keeps its settings and its engine."""
+    app = shop.application(concurrent_use="wait")
+    router = app.router
+
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            raise NotImplementedError(scope["type"])
+        await router(scope, receive, send)
+
+    app.router = cast("Any", bare)
+    with pytest.raises(NotImplementedError, match="lifespan"):
+        async with run_lifespan(app):
+            pass
+    assert await answer(app) == 200
+    assert not shop.accepts_another()
 
 
 # Contradictions
