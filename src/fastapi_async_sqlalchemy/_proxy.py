@@ -197,12 +197,16 @@ class SessionProxy(Blocks[S_co]):
     def bind(self, engine: AsyncEngine, *, session_args: SessionArgs | None = None) -> None:
         """Use a caller's engine until ``unbind()``, which does not dispose it.
 
-        Raises ``EngineAlreadyBoundError`` while another engine is in use.
+        Each call needs its own ``unbind()``. Raises ``EngineAlreadyBoundError`` while another engine is in
+        use.
         """
         self._database.bind(async_engine("engine", engine), session_args)
 
     def unbind(self) -> None:
-        """Release the engine given to ``bind()``; another one may then be bound."""
+        """End the last ``bind()``; another engine may be bound once nobody uses this one.
+
+        The use of an application that has not started ends, too.
+        """
         self._database.unbind()
 
     if not TYPE_CHECKING:  # type checkers should see no such attribute

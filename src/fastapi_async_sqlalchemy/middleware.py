@@ -131,7 +131,7 @@ class SQLAlchemyMiddleware(Generic[S_co]):
             observers=(*observing, Observer()) if timed else observing,  # by which the times are measured
         )
         self._use.bring(app)
-        self._use.begin()
+        self._use.begin(started=False)
         self._in_websocket = self._no_unit("in a WebSocket", _BY_MESSAGE)
         self._on_excluded_path = self._no_unit("on an excluded path", _NOT_EXCLUDED)
 

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from attrs import frozen
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
@@ -33,34 +32,6 @@ _OTHERS: Final = (
     "<",
 )
 """Path prefixes of files that are not the user's."""
-
-
-@frozen(eq=False)
-class Holder:
-    """The code that has an engine in use."""
-
-    name: str
-    remedy: str
-    """How to end that use."""
-    source: object = None
-    """The source that the engine was created from."""
-    application: object = None
-    """The application it serves, if that may request the same engine again."""
-    where: str | None = None
-    """The user's line that began the use, in debug mode."""
-
-    @property
-    def is_call(self) -> bool:
-        """Whether its name is code that may be left out, and no middleware."""
-        return self.name.startswith("`")
-
-    def __str__(self) -> str:
-        return f"{self.name} at {self.where}" if self.where else self.name
-
-
-def holder(name: str, remedy: str) -> Holder:
-    """Return the holder for a use of an engine that begins now."""
-    return Holder(name, remedy, where=line_in_debug_mode())
 
 
 def line_in_debug_mode() -> str | None:

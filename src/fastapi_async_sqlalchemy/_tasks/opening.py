@@ -8,7 +8,6 @@ from attrs import define, evolve
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .._arguments.checks import begin_of, boolean, mapping, propagation_of
-from .._arguments.engines import holder
 from .._arguments.keywords import session_arguments
 from .._cluster.replica import ReplicaScope, replay, require_postgresql, written_position
 from .._dialects.begin import require_deferrable
@@ -21,6 +20,7 @@ from .._unit.place import Handle, around, open_unit
 from .._unit.scope import PropagatingScope, UnitScope
 from .._unit.settings import transaction_settings
 from .._unit.unit import UnitOfWork
+from .._unit.uses import use_of
 from .._unit.warming import require_room, warm_up, warm_up_of
 from ..exceptions import ConfigurationError, TransactionBegunError
 from .each import TaskUnitsScope
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .._dialects.begin import TransactionSettings
     from .._telemetry.observer import Observer
     from .._unit.database import S_co
+    from .._unit.uses import Use
 
 P = TypeVar("P")
 
@@ -195,7 +196,8 @@ def connect(
     require_room(engine, count)
     database = handle._database
     database.check(engine, session_args, begin)
-    commits = database.commit_on_exit if commit_on_exit is None else boolean("commit_on_exit", commit_on_exit)
+    if commit_on_exit is not None:
+        boolean("commit_on_exit", commit_on_exit)
     return Connected(
         result,
         database,
@@ -205,7 +207,12 @@ def connect(
         owned=engine is not url,
         begin=begin,
         warm_up=count,
-        commit_on_exit=commits,
+        use=use_of(
+            "`async with db.connect(...)`",
+            "leave that block",
+            engine=engine,
+            commit_on_exit=commit_on_exit,
+        ),
     )
 
 
@@ -221,15 +228,12 @@ class Connected(Generic[P]):
     owned: bool
     begin: Begin | None
     warm_up: int
-    commit_on_exit: bool
-    """Whether blocks commit by default as long as the engine is used."""
+    use: Use
 
     async def __aenter__(self) -> P:
-        by = holder("`async with db.connect(...)`", "leave that block")
-        self.database.bind(self.engine, self.session_args, by, self.begin)
+        self.database.take(self.use, self.session_args, self.begin)
         if self.observers:
             observe(self.database, self.observers)
-        self._exchange_default()
         try:
             await warm_up(self.engine, self.warm_up)
         except BaseException as error:
@@ -240,14 +244,7 @@ class Connected(Generic[P]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await self.database.release(self.engine, owned=self.owned)
-        finally:
-            self.database.unbind()
-            stop_observing(self.database, self.observers)
-            self._exchange_default()
-
-    def _exchange_default(self) -> None:
-        """Put this block's default in the place of the database's, and the other way round at the end."""
-        default, self.database.commit_on_exit = self.database.commit_on_exit, self.commit_on_exit
-        self.commit_on_exit = default
+        self.database.release(self.use)
+        stop_observing(self.database, self.observers)
+        if self.owned:
+            await self.engine.dispose()

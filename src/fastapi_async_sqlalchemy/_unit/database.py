@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, cast
 
 from attrs import Factory, define, evolve
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from typing_extensions import TypeVar
 
-from .._arguments.engines import Holder, holder, place_of
+from .._arguments.engines import place_of
 from .._arguments.keywords import require_fitting, session_arguments
 from .._dialects.begin import PLAIN, require_read_only_twophase
 from .._session.loops import running_loop
@@ -19,13 +19,13 @@ from .._session.models import models_of
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
 from .settings import SettingsRoute
+from .uses import Use, newest, use_of
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
     from weakref import ref
 
-    from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
     from .._arguments.checks import Begin
@@ -33,29 +33,19 @@ if TYPE_CHECKING:
     from .._session.checkout import Limits
     from .._session.state import StatefulSession
     from .observing import Opening
+    from .uses import PoolWatcher
 
 S_co = TypeVar("S_co", bound=AsyncSession, covariant=True, default=AsyncSession)
 
-
-class PoolWatcher(Protocol):
-    """A watcher of the pool of the engine in use."""
-
-    def check(self, engine: Engine) -> None:
-        """Raise ``ConfigurationError`` for an engine that cannot be watched."""
-
-    def begin(self, database: str, engine: Engine) -> None:
-        """Watch an engine in place of any earlier one."""
-
-    def end(self) -> None:
-        """Stop watching."""
+_BY_BIND: Final = "`db.bind()`"
 
 
 @define(eq=False, repr=False)
 class Database(Generic[S_co]):
     """One database of a pair, bound to at most one engine at a time.
 
-    Whoever binds an engine must release it. An engine created here is disposed on release; a caller's
-    never is.
+    Several may use that engine. Each ends its own use, and the last one releases the engine. Whoever has
+    created the engine disposes it.
     """
 
     _declared: type[S_co] | None
@@ -68,12 +58,13 @@ class Database(Generic[S_co]):
     begin: Begin | None = None
     """When transactions on the engine in use begin, if that was given where it was bound."""
     _engine: AsyncEngine | None = None
-    _live: bool = False
-    holder: Holder | None = None
-    """The code that has the engine in use."""
-    _watcher: PoolWatcher | None = None
     _session_args: dict[str, Any] = Factory(dict[str, Any])
     _make: Callable[[], S_co] | None = None
+    uses: list[Use] = Factory(
+        lambda self: [Use(name="the pair", remedy="", waits=self.waits, commit_on_exit=self.commit_on_exit)],
+        takes_self=True,
+    )
+    """Who uses the database, the newest last; the first is the pair itself with its defaults."""
     _variants: dict[TransactionSettings, Callable[[], S_co]] = Factory(
         dict["TransactionSettings", "Callable[[], S_co]"]
     )
@@ -122,81 +113,92 @@ class Database(Generic[S_co]):
     def __attrs_post_init__(self) -> None:
         self._watch.waits = self.waits
 
-    def bind(
-        self,
-        engine: AsyncEngine,
-        session_args: object = None,
-        by: Holder | None = None,
-        begin: Begin | None = None,
-    ) -> None:
-        """Bind an engine, with the arguments of its sessions.
+    @property
+    def user(self) -> Use | None:
+        """The first of those who have the engine in use."""
+        return next((one for one in self.uses if one.engine is not None), None)
+
+    def bind(self, engine: AsyncEngine, session_args: object = None) -> None:
+        """Use an engine until ``unbind()``; raises as ``take()`` does."""
+        self.take(use_of(_BY_BIND, "`db.unbind()`", engine=engine), session_args)
+
+    def unbind(self) -> None:
+        """End the newest use by ``bind()``, and that of an application that has not started."""
+        bound = next((one for one in reversed(self.uses) if one.name == _BY_BIND), None)
+        self._change([one for one in self.uses if one is not bound and (one.started or one.engine is None)])
+        if self.user is None:
+            self._forget()
+
+    def take(self, use: Use, session_args: object = None, begin: Begin | None = None) -> None:
+        """Begin a use, which may bring an engine and the arguments of its sessions.
 
         Raises ``EngineAlreadyBoundError`` while another engine is in use, ``ConfigurationError`` for
-        arguments that do not fit a session.
+        arguments that do not fit a session, or that contradict those of another use.
         """
-        self.take(engine, session_args, by or holder("`db.bind()`", "`db.unbind()`"), self._watcher, begin)
-
-    def take(
-        self,
-        engine: AsyncEngine,
-        session_args: object,
-        by: Holder,
-        watcher: PoolWatcher | None,
-        begin: Begin | None,
-    ) -> None:
-        """Bind an engine, with the watcher of its pool."""
-        arguments = session_arguments(session_args)
-        if watcher is not None:
-            watcher.check(engine.sync_engine)
-        if self._live and engine is not self._engine:
-            first = self.holder
-            if first is None:
-                raise EngineAlreadyBoundError(self.name)
-            same = self._engine is not None and engine.url == self._engine.url
-            needless = by.name if same and by.is_call else None
+        arguments, first = session_arguments(session_args), self.user
+        if first is not None and use.engine is not None and use.engine is not first.engine:
+            same = first.engine is not None and use.engine.url == first.engine.url
+            needless = use.name if same and use.is_call else None
             raise EngineAlreadyBoundError(self.name, str(first), first.remedy, needless)
-        self._make = self._maker(engine, arguments, _beginning(self.settings, begin))
-        self.begin = begin
-        self._engine, self._live, self.holder, self._session_args = engine, True, by, arguments
-        self._variants.clear()
+        uses = use.added_to(self.uses)
+        engine = use.engine or (None if first is None else first.engine)
+        watcher: PoolWatcher | None = newest(uses, "watcher")
+        if watcher is not None and engine is not None:
+            watcher.check(engine.sync_engine)
+        use.require_agreement(uses[1:-1])
+        if use.engine is not None:
+            other = next((one for one in uses[:-1] if one.engine is not None), None)
+            if other is None:
+                self._make = self._maker(use.engine, arguments, _beginning(self.settings, begin))
+                self._engine, self._session_args, self.begin = use.engine, arguments, begin
+                self._variants.clear()
+            else:
+                now = self.begin or self.settings.begin or "on_first_use"
+                other.require("session_args", arguments or self._session_args, self._session_args)
+                other.require("begin", begin or now, now)
+            self._follow(use.engine)
+        self._change(uses)
+
+    def _follow(self, engine: AsyncEngine) -> None:
         self._watch.name = self._label()
         self._watch.listen(engine.sync_engine)
         self._watch.engine = engine.sync_engine
         if (loop := running_loop()) is not None:
             self._watch.loops.bind(loop)
-        self.watch_pool(watcher)
         if self.opening is not None:
             self.opening.bind(self.name, engine)
 
-    def watch_pool(self, watcher: PoolWatcher | None) -> None:
-        """Set the watcher of the pool, now or once an engine is bound; None removes it."""
-        if watcher is not None and self._engine is not None:
-            watcher.check(self._engine.sync_engine)
-        if self._watcher is not None and self._watcher is not watcher:
-            self._watcher.end()
-        self._watcher = watcher
-        if watcher is not None and self._engine is not None:
-            watcher.begin(self.name, self._engine.sync_engine)
+    def release(self, use: Use) -> None:
+        """End a use; the engine of the last one may then give way to another.
 
-    async def release(self, engine: AsyncEngine, *, owned: bool) -> None:
-        """Stop using an engine, and dispose an owned one; another may then be bound."""
-        if engine is self._engine:
-            self._live, self.holder = False, None
-            self._watch.leave()
-            if self.opening is not None:
-                self.opening.unbind()
-        if owned:
-            await engine.dispose()
+        After an application's end it can still be used.
+        """
+        self._change(use.removed_from(self.uses))
+        if use.engine is not None and self.user is None:
+            if use.application is None:
+                self._forget()
+            else:
+                self._leave()
 
-    def unbind(self) -> None:
-        """Forget the engine."""
-        if self._watcher is not None:
-            self._watcher.end()
+    def _change(self, uses: list[Use]) -> None:
+        """Exchange the uses, and put in force what the newest of them ask for."""
+        before, self.uses = self.uses, uses
+        self._watch.waits, self.commit_on_exit = newest(uses, "waits"), newest(uses, "commit_on_exit")
+        watcher: PoolWatcher | None = None if self.user is None else newest(uses, "watcher")
+        for one in before:
+            if one.watcher is not None and one.watcher is not watcher:
+                one.watcher.end()
+        if watcher is not None:
+            watcher.begin(self.name, self.engine.sync_engine)
+
+    def _leave(self) -> None:
+        self._watch.leave()
         if self.opening is not None:
             self.opening.unbind()
-        self._watch.leave()
-        self._engine, self._live, self.holder, self._make = None, False, None, None
-        self.begin = None
+
+    def _forget(self) -> None:
+        self._leave()
+        self._engine, self._make, self.begin = None, None, None
         self._variants.clear()
         self._watch.name = self._label()
 

@@ -9,10 +9,11 @@ from weakref import finalize
 
 from attrs import Factory, define, evolve
 
-from .._arguments.engines import async_engine, holder, parse
+from .._arguments.engines import async_engine, parse
 from .._dialects.engines import make_engine
 from .._telemetry.logs import fields
 from .._unit.observing import observe, stop_observing
+from .._unit.uses import use_of
 from .._unit.warming import require_room, warm_up
 from ..exceptions import ConfigurationError
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from .._arguments.checks import Begin
-    from .._arguments.engines import Holder
     from .._telemetry.observer import Observer
-    from .._unit.database import Database, PoolWatcher
+    from .._unit.database import Database
+    from .._unit.uses import PoolWatcher, Use
 
 logger = logging.getLogger("fastapi_async_sqlalchemy")
 
@@ -57,7 +58,16 @@ class EngineUse:
     observers: tuple[Observer, ...]
     engine: AsyncEngine | None = None
     """None if the middleware brings no engine."""
-    holder: Holder = Factory(lambda: holder("the middleware of an application", _END_OF_LIFESPAN))
+    use: Use = Factory(
+        lambda self: use_of(
+            "the middleware of an application",
+            _END_OF_LIFESPAN,
+            waits=self.waits,
+            watcher=self.watcher,
+            started=False,
+        ),
+        takes_self=True,
+    )
     _observing: finalize[[Database[Any], tuple[Observer, ...]], EngineUse] | None = None
 
     @property
@@ -68,6 +78,7 @@ class EngineUse:
     def bring(self, app: ASGIApp) -> None:
         """Find or create the engine; raise ``ConfigurationError`` for wrong arguments."""
         db_url, custom_engine, engine_args = self.source
+        self.use = evolve(self.use, application=_application(app))
         if db_url is None and engine_args:
             other = "another engine" if custom_engine is None else "custom_engine"
             message = f"engine_args go with db_url: {other} has its own already."
@@ -78,36 +89,33 @@ class EngineUse:
                 raise ConfigurationError(message)
             self.engine = async_engine("custom_engine", custom_engine)
         elif db_url is not None:
-            self.engine = self._own(db_url, engine_args, app)
+            self.engine = self._own(db_url, engine_args)
         elif self.session_args:
             message = "session_args go with an engine: give them to db.bind() or db.connect()."
             raise ConfigurationError(message)
         elif self.begins is not None:
             message = "begin goes with an engine: give it to db.connect(), or to the pair."
             raise ConfigurationError(message)
+        self.use = evolve(self.use, engine=self.engine)
 
-    def _own(self, db_url: str | URL, engine_args: Mapping[str, object], app: ASGIApp) -> AsyncEngine:
-        source, application = (parse("db_url", db_url), dict(engine_args)), _application(app)
-        self.holder = evolve(self.holder, source=source, application=application)
-        first = self.database.holder
-        if first is not None and first.application is application and first.source == source:
-            return self.database.engine  # the application has rebuilt its middleware stack
+    def _own(self, db_url: str | URL, engine_args: Mapping[str, object]) -> AsyncEngine:
+        source = (parse("db_url", db_url), dict(engine_args))
+        self.use = evolve(self.use, source=source)
+        for one in self.database.uses:
+            if one.engine is not None and one.application is self.use.application and one.source == source:
+                return one.engine  # the application has rebuilt its middleware stack
         return make_engine("db_url", db_url, engine_args)
 
-    def begin(self) -> None:
+    def begin(self, *, started: bool) -> None:
         """Bind the engine, again after an earlier lifespan, or prepare for one to be bound later."""
-        if self.engine is None:
-            self.database.watch_pool(self.watcher)
-        else:
+        if self.engine is not None:
             require_room(self.engine, self.warm_up)
-            self.database.take(self.engine, self.session_args, self.holder, self.watcher, self.begins)
+        self.database.take(evolve(self.use, started=started), self.session_args, self.begins)
         if self.observers and self._observing is None:
             observe(self.database, self.observers)
             # an application that builds its stack again drops this object without an end of its lifespan
             self._observing = finalize(self, stop_observing, self.database, self.observers)
             self._observing.atexit = False
-        if self.waits is not None:
-            self.database.shared.waits = self.waits
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the lifespan, and dispose an owned engine before the server stops the event loop."""
@@ -128,13 +136,13 @@ class EngineUse:
                 await end()
             await send(message)
 
-        self.begin()
+        self.begin(started=True)
         try:
             await app(scope, receive, forward)
         finally:
             await end()
             if not answered:  # an application without a lifespan may still be served
-                self.database.watch_pool(self.watcher)
+                self.begin(started=False)
 
     async def _start(self) -> None:
         """Require an engine, and open the connections that were requested."""
@@ -148,12 +156,11 @@ class EngineUse:
         await warm_up(self.database.engine, self.warm_up)
 
     async def _end(self) -> None:
-        """Release the engine; an error while disposing it is logged and not raised."""
-        self.database.watch_pool(None)
-        self.database.shared.waits = self.database.waits
-        if self.engine is not None:
+        """End the use; an error while disposing an owned engine is logged and not raised."""
+        self.database.release(self.use)
+        if self.engine is not None and self.owned:
             try:
-                await self.database.release(self.engine, owned=self.owned)
+                await self.engine.dispose()
             except Exception:
                 name = self.database.name
                 logger.exception("The engine of %s could not be disposed.", name, extra=fields(name))
