@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import NewType, TypeVar
 
 import pytest
 from sqlalchemy import TextClause
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from typing_extensions import TypeVar as TypeVarWithDefault
 
 import fastapi_async_sqlalchemy
@@ -71,6 +73,13 @@ FOREIGN = {
     "_connections": "SessionTransaction: `connections` is new in SQLAlchemy 2.1.7",
 }
 """Private names of other packages, each with the reason."""
+SESSIONS = {"session", "sync_session", "opened", "_watched", "watched"}
+"""How the package calls its variables and attributes that are sessions."""
+CALLED_ON_SESSIONS = {
+    *("commit", "rollback", "flush", "get_bind"),  # extension points: a user's override is meant to be called
+    *("identity_map", "hash_key", "twophase"),  # SQLAlchemy could not work without its own
+}
+"""The public names of a session that are looked up on it; `_session/plain.py` has what others mean."""
 DEFAULT_PAIR = {"middleware": {"_default_database", "_default_current", "db"}}
 IMMUTABLE = (
     str,
@@ -88,6 +97,7 @@ IMMUTABLE = (
     Enum,
     TextClause,
     type,
+    FunctionType,
     MappingProxyType,
 )
 LONGEST_FUNCTION = 45
@@ -239,6 +249,19 @@ def test_private_names_of_others_are_listed() -> None:
         if alias.name.startswith("_")
     }
     assert (used | quoted | imported) - own_names() == set(FOREIGN)
+
+
+def test_sessions_are_asked_plainly() -> None:
+    """Only names that a user's session class cannot give another meaning are looked up on a session."""
+    public = {name for name in [*dir(AsyncSession), *vars(Session()), *dir(Session)] if name[0] != "_"}
+    used = {
+        node.attr
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).rpartition(".")[2] in SESSIONS
+        if storey(module) != "testing"  # where a connection is called `opened`
+    }
+    assert used & public == CALLED_ON_SESSIONS
 
 
 def public_definitions(tree: ast.Module) -> set[str]:

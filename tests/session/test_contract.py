@@ -4,12 +4,12 @@ import importlib
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 import pytest
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, PendingRollbackError
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
 from fastapi_async_sqlalchemy import (
@@ -17,9 +17,11 @@ from fastapi_async_sqlalchemy import (
     SessionArgs,
     SessionProxy,
     UnexpectedRollbackError,
+    UnitClosedError,
     create_middleware_and_session_proxy,
 )
 from tests.support.databases import JudgeFor
+from tests.support.hooks import BoomError, Log
 from tests.support.site import MakeSite, Site
 from tests.support.tables import Note
 from tests.support.worker import open_worker
@@ -222,6 +224,79 @@ async def test_none_made_before_it_is_asked_for(sqlite_url: str, judge_for: Judg
             assert isinstance(unit.session.sync_session, CountedSync)
             await unit.session.execute(select(Note))
         assert (Counted.made, CountedSync.made) == (1, 1)
+
+
+class Routing(Session):
+    """A synchronous class that a session class of the user's chooses itself."""
+
+
+class KeywordBind(AsyncSession):
+    """A session class that takes its engine by keyword alone."""
+
+    def __init__(self, *, bind: Any = None, **options: Any) -> None:
+        super().__init__(bind=bind, **options)
+
+
+class Replaces(AsyncSession):
+    """A session class that replaces the argument."""
+
+    def __init__(self, bind: Any = None, **options: Any) -> None:
+        options["sync_session_class"] = Routing
+        super().__init__(bind, **options)
+
+
+class Passes(AsyncSession):
+    """A session class that passes an argument which nobody else may give."""
+
+    def __init__(self, bind: Any = None, **options: Any) -> None:
+        super().__init__(bind, sync_session_class=Routing, **options)
+
+
+class Assigns(AsyncSession):
+    """A session class that assigns the attribute, and refuses to be subclassed."""
+
+    def __init__(self, bind: Any = None, **options: Any) -> None:
+        self.sync_session_class = Routing
+        super().__init__(bind, **options)
+
+    def __init_subclass__(cls) -> NoReturn:
+        raise BoomError
+
+
+@pytest.mark.parametrize("class_", [KeywordBind, Replaces, Passes, Assigns])
+async def test_init_of_the_users(sqlite_url: str, judge_for: JudgeFor, class_: type[AsyncSession]) -> None:
+    """A class whose `__init__` suits `async_sessionmaker` is served, and may choose its synchronous class."""
+    log = Log()
+    async with open_worker(sqlite_url, judge_for) as worker:
+        async with async_sessionmaker(worker.engine, class_=class_)() as plain:
+            sync = type(plain.sync_session)
+        worker.db.unbind()
+        worker.db.bind(worker.engine, session_args={"class_": class_})
+        async with worker.db(commit_on_exit=True) as unit:
+            log.both(unit)
+            session = unit.session
+            assert type(session) is class_
+            assert isinstance(session.sync_session, sync)
+            assert vars(session).keys() == vars(plain).keys()
+            session.add(Note(text="a"))
+        with pytest.raises(UnitClosedError):
+            await session.execute(select(Note))
+        assert log == ["committed"]
+        assert await worker.notes() == ["a"]
+
+
+class Strict(AsyncSession):
+    """A session class that takes few arguments."""
+
+    def __init__(self, bind: Any = None, *, expire_on_commit: bool = True) -> None:
+        super().__init__(bind, expire_on_commit=expire_on_commit)
+
+
+async def test_init_that_takes_too_little(sqlite_url: str) -> None:
+    """A class that cannot be made is refused where its engine is bound."""
+    _, db = create_middleware_and_session_proxy(Strict)
+    with pytest.raises(ConfigurationError, match=r"Strict: .* 'close_resets_only': .* take \*\*kwargs\."):
+        db.bind(create_async_engine(sqlite_url))
 
 
 def test_sqlmodel_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

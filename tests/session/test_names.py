@@ -2,22 +2,28 @@
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import pytest
-from sqlalchemy import select
+from fastapi import Response
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 import fastapi_async_sqlalchemy
 from fastapi_async_sqlalchemy import SessionProxy, create_middleware_and_session_proxy
 from tests.support.databases import JudgeFor
-from tests.support.hooks import Log
+from tests.support.hooks import BoomError, Log
 from tests.support.site import MakeSite, Site
-from tests.support.tables import Note
+from tests.support.tables import Base, Note, engine_with_tables
 from tests.support.worker import open_worker
+
+T = TypeVar("T")
+Override: TypeAlias = Callable[[str, Callable[..., object]], Callable[..., object]]
 
 OURS = "_fastapi_async_sqlalchemy"
 STUB = Path(__file__).parents[2] / "typings" / "fastapi_async_sqlalchemy" / "__init__.pyi"
@@ -156,6 +162,189 @@ async def test_one_name_more(sqlite_url: str, judge_for: JudgeFor, class_: type[
             assert set(vars(unit.session.sync_session)) <= held | {OURS}
             unit.on_commit(list)
             assert await use(unit.session) == (held | {OURS}, shown_by_plain | {OURS})
+
+
+# What SQLAlchemy never calls.
+
+
+def public_members(kind: type) -> dict[str, Any]:
+    """Return the methods and properties of a class that a user may override."""
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    members = {name: inspect.getattr_static(kind, name) for name in [*names, "__iter__", "__contains__"]}
+    return {name: one for name, one in members.items() if isinstance(one, (FunctionType, property))}
+
+
+def overridden(kind: type[T], override: Override, spared: Collection[str] = ()) -> type[T]:
+    """Make a session class that overrides each public name of SQLAlchemy's, some spared."""
+    members: dict[str, Any] = {}
+    for name, original in public_members(kind).items():
+        if isinstance(original, FunctionType):
+            members[name] = override(name, original)
+        else:
+            members[name] = original.getter(override(name, original.fget))
+    own: Any = type("Own", (kind,), {name: one for name, one in members.items() if name not in spared})
+    return cast("type[T]", own)
+
+
+def own_classes(override: Override, spared: Collection[str] = ()) -> type[AsyncSession]:
+    """Make such a class of both sides of a session."""
+    class_ = overridden(AsyncSession, override, spared)
+    class_.sync_session_class = overridden(Session, override, spared)
+    return class_
+
+
+def noting(called: set[str]) -> Override:
+    """Return an override that notes its call, and otherwise does what SQLAlchemy does."""
+
+    def override(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: object, **kwargs: object) -> object:
+            called.add(name)
+            return original(*args, **kwargs)
+
+        return noted
+
+    return override
+
+
+def useless(name: str, _: object) -> Callable[..., NoReturn]:
+    """Return an override that means something else."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        message = f"{name} is the application's own"
+        raise BoomError(message)
+
+    return fail
+
+
+async def write(session: AsyncSession) -> None:
+    """Write and read as applications do, with a savepoint that is undone."""
+    session.add(Note(text="a"))
+    await session.flush()
+    with suppress(BoomError):
+        async with session.begin_nested():
+            session.add(Note(text="b"))
+            raise BoomError
+    session.add(Note(text="b"))
+    assert len((await session.execute(select(Note))).all()) == 2
+    rows = await session.stream(select(Note))
+    await rows.close()
+    await session.connection()
+
+
+async def write_plainly(class_: type[AsyncSession], url: str) -> None:
+    """Commit, and roll back, with a session class and without the package."""
+    async with engine_with_tables(url) as engine:
+        async with class_(engine, expire_on_commit=False) as session:
+            await write(session)
+            await session.rollback()
+        async with class_(engine, expire_on_commit=False) as session:
+            await write(session)
+            await session.commit()
+        async with engine.begin() as connection:
+            await connection.execute(delete(Note))
+
+
+async def called_by_sqlalchemy(url: str) -> set[str]:
+    """Return the names that SQLAlchemy or `write()` calls."""
+    called = set[str]()
+    await write_plainly(own_classes(noting(called)), url)
+    return called
+
+
+async def ask_for_all(site: Site, class_: type[AsyncSession]) -> list[object]:
+    """Answer requests with sessions of a class, and open blocks; return what ran and what is committed."""
+    log, db = Log(), site.db
+
+    @site.app.get("/{status}")
+    async def route(status: int) -> Response:
+        log.all(db.unit)
+        await write(db.session)
+        repr(db.unit)
+        return Response(status_code=status)
+
+    async with site.client() as client:
+        db.unbind()
+        db.bind(site.engine, session_args={"class_": class_})
+        for status in (400, 200):
+            assert (await client.get(f"/{status}")).status_code == status
+        await db.create_all(Base.metadata)
+        await db.ping()
+        async with db.connection(), db(read_only=True) as unit:
+            await unit.session.execute(select(Note.text))
+        async with db(pool_timeout=30) as unit:
+            unit.on_begin(log.begin)
+            async with unit.savepoint(), db(propagation="nested"), db(propagation="required"):
+                unit.session.add(Note(text="c"))
+            await unit.rollback()
+            await unit.commit()
+            unit.session.add(Note(text="d"))
+            await unit.session.close()
+        assert site.checked_out() == 0
+    return [*log, *await site.notes()]
+
+
+SEEN = ["rolled back", "before", "committed", "begin", "a", "b"]
+"""What `ask_for_all()` leaves."""
+
+
+async def test_package_calls_what_sqlalchemy_calls(make_site: MakeSite, sqlite_url: str) -> None:
+    """The package calls no method of a user's session class that SQLAlchemy does not call itself."""
+    plain, called = await called_by_sqlalchemy(sqlite_url), set[str]()
+    site = await make_site(sqlite_url, commit_on_exit=True)
+    assert await ask_for_all(site, own_classes(noting(called))) == SEEN
+    assert called - plain == set()
+
+
+async def test_names_may_mean_something_else(make_site: MakeSite, sqlite_url: str) -> None:
+    """What SQLAlchemy does not call may mean something else in a user's class."""
+    plain = await called_by_sqlalchemy(sqlite_url)
+    class_ = own_classes(useless, spared=plain)
+    names = {*public_members(Session), *public_members(AsyncSession)} - plain
+    assert {"in_transaction", "get_transaction", "__iter__", "dirty", "is_modified", "run_sync"} <= names
+    await write_plainly(class_, sqlite_url)
+    assert await ask_for_all(await make_site(sqlite_url, commit_on_exit=True), class_) == SEEN
+
+
+def flush(session: Session) -> None:
+    """Flush all."""
+    Session.flush(session)
+
+
+def execute(session: Session, statement: Any, *, params: Any = None, **options: Any) -> Any:
+    """Execute with named parameters alone."""
+    return Session.execute(session, statement, params, **options)
+
+
+def connection(session: Session, *, label: str = "", **options: Any) -> Any:
+    """Return the connection, or something else."""
+    return label or Session.connection(session, **options)
+
+
+def begin(session: Session, *, label: str = "") -> Any:
+    """Begin a transaction, or something else."""
+    return label or Session.begin(session)
+
+
+OwnParameters = type(
+    "OwnParameters", (Session,), {one.__name__: one for one in (flush, execute, connection, begin)}
+)
+
+
+async def test_own_parameters(sqlite_url: str, judge_for: JudgeFor) -> None:
+    """Methods with other parameters than SQLAlchemy's get what was given, and return what they like."""
+    async with open_worker(sqlite_url, judge_for) as worker:
+        worker.db.unbind()
+        worker.db.bind(worker.engine, session_args={"sync_session_class": OwnParameters})
+        async with worker.db(commit_on_exit=True) as unit:
+            session: Any = unit.session.sync_session
+            assert session.begin(label="x") == session.connection(label="x") == "x"
+            async with unit.session.begin():
+                await unit.session.connection()
+                unit.session.add(Note(text="a"))
+                await unit.session.run_sync(lambda _: session.flush())
+            unit.session.add(Note(text="b"))
+            assert len((await unit.session.execute(select(Note))).all()) == 2
+        assert await worker.notes() == ["a", "b"]
 
 
 # What the stubs declare.

@@ -129,12 +129,14 @@ def require_fitting(
     """Raise ``ConfigurationError`` for arguments that do not fit, without creating a caller's session."""
     known = inspect.signature(Session.__init__).parameters
     own = class_.__init__ is AsyncSession.__init__
-    rest = {name: value for name, value in keywords.items() if name != "binds"}
+    rest = {name: value for name, value in keywords.items() if name not in {"binds", "sync_session_class"}}
+    passed = {**keywords, "bind": engine, "close_resets_only": False}
     try:
-        inspect.signature(class_.__init__).bind(None, engine, **keywords)
+        inspect.signature(class_.__init__).bind(None, **passed)
         if own:  # a caller's class decides itself which arguments it passes on
             inspect.signature(sync_class.__init__).bind(None, bind=engine.sync_engine, **rest)
         AsyncSession(engine, **{name: value for name, value in keywords.items() if name in known})
     except (TypeError, AttributeError, ValueError, SQLAlchemyError) as error:
-        message = f"session_args do not fit {class_.__name__}: {error}: correct the argument it names."
+        remedy = "correct the argument it names" + ("" if own else ", or let its __init__() take **kwargs")
+        message = f"session_args do not fit {class_.__name__}: {error}: {remedy}."
         raise ConfigurationError(message) from error

@@ -19,14 +19,16 @@ from sqlalchemy.engine import TwoPhaseTransaction
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
+from sqlalchemy.util import greenlet_spawn
 
 from .._dialects.begin import commits_by_itself
 from .._dialects.twophase import XID
 from .._session.cancellation import to_completion
 from .._session.hooks import Hooks, RegisteredHook
+from .._session.plain import get_nested_transaction, in_transaction
 from .._session.state import StatefulSession, has_written
 from .._session.turns import cleaning, exclusive
-from .._session.watched import invalidate
+from .._session.watched import connection_of, invalidate
 from .._telemetry.logs import fields
 from .._unit.database import UnitConfig
 from .._unit.place import Handle
@@ -135,13 +137,13 @@ class AtomicScope(OneUse):
             for unit in reversed(self.units):
                 await roll_back(unit)
             return
-        used = [unit for unit in self.units if unit.session.in_transaction()]
+        used = [unit for unit in self.units if in_transaction(_watched(unit))]
         failures = list[BaseException]()
         if len(used) > 1 and not _only_read(used):
             failures = await self._commit_all(await self._in_order(used))
         else:
             for unit in used:
-                unit.session.sync_session.twophase = False
+                _watched(unit).twophase = False
                 await settle(unit, Decision.COMMIT, last=True)
         for unit in self.units:
             await unit._own_hooks().settled(committed=True)
@@ -160,7 +162,7 @@ class AtomicScope(OneUse):
             raise UnexpectedRollbackError(witness._database.name, _NO_WITNESS, _REORDER)
         if late:
             _state(witness).xid = str(evolve(self.units[witness], witness=True))
-        await witness.session.connection()
+        await greenlet_spawn(connection_of, _watched(witness))
         return [*(unit for unit in used if unit is not witness), witness]
 
     async def _roll_back(self, units: Iterable[UnitOfWork[Any]]) -> None:
@@ -170,10 +172,10 @@ class AtomicScope(OneUse):
     async def _commit_all(self, units: list[UnitOfWork[Any]]) -> list[BaseException]:
         """Prepare all, then commit all; return the errors of listeners that failed after their COMMIT."""
         names = [unit._database.name for unit in units]
-        await units[-1].session.run_sync(_ask)
+        await greenlet_spawn(_ask, _watched(units[-1]))
         for at, unit in enumerate(units):
             try:
-                await unit.session.run_sync(_prepare)
+                await greenlet_spawn(_prepare, _watched(unit))
             except BaseException as error:  # noqa: BLE001  # raised again below, as it is or as a cause
                 original = _original(error)
                 if unit is units[-1] and _is_unknown(original, unit._database.engine):
@@ -239,14 +241,11 @@ def _take_name(state: SessionState, connection: Connection) -> None:
         state.xid = transaction.xid = connection.info[XID]
 
 
-def _ask(session: Session) -> None:
-    """Flush, and check the connection while nothing is prepared; for ``run_sync()``."""
-    observed = cast("StatefulSession", session)
-    observed.flush()
-    if (
-        observed._fastapi_async_sqlalchemy.ledger.failure is None
-    ):  # else PREPARE checks it, and its answer leaves no doubt
-        observed.connection().execute(text("SELECT 1"))
+def _ask(session: StatefulSession) -> None:
+    """Flush, and check the connection while nothing is prepared; called inside SQLAlchemy's greenlet."""
+    session.flush()
+    if session._fastapi_async_sqlalchemy.ledger.failure is None:  # else the answer to PREPARE leaves no doubt
+        connection_of(session).execute(text("SELECT 1"))
 
 
 def _only_read(units: Iterable[UnitOfWork[Any]]) -> bool:
@@ -258,16 +257,15 @@ def _only_read(units: Iterable[UnitOfWork[Any]]) -> bool:
     )
 
 
-def _prepare(session: Session) -> None:
-    """Prepare a session's transaction under its current name; for ``run_sync()``."""
-    observed = cast("StatefulSession", session)
-    while (savepoint := observed.get_nested_transaction()) is not None:
+def _prepare(session: StatefulSession) -> None:
+    """Prepare a session's transaction under its current name; called inside SQLAlchemy's greenlet."""
+    while (savepoint := get_nested_transaction(session)) is not None:
         savepoint.commit()  # release open savepoints, as COMMIT does
-    observed.flush()
-    transaction = observed.connection().get_transaction()
+    session.flush()
+    transaction = connection_of(session).get_transaction()
     if isinstance(transaction, TwoPhaseTransaction):
-        transaction.xid = observed._fastapi_async_sqlalchemy.xid
-    exclusive(Session.prepare)(observed)
+        transaction.xid = session._fastapi_async_sqlalchemy.xid
+    exclusive(Session.prepare)(session)
 
 
 async def _undo(units: Iterable[UnitOfWork[Any]]) -> list[str]:
@@ -288,7 +286,7 @@ async def _leave_behind(units: Iterable[UnitOfWork[Any]]) -> None:
     """Discard connections with their prepared transactions, which must not be rolled back."""
     for unit in units:
         unit._own_hooks().drop()
-        await unit.session.run_sync(cleaning(invalidate))
+        await greenlet_spawn(cleaning(invalidate), _watched(unit))
 
 
 def _original(error: BaseException) -> BaseException:

@@ -10,12 +10,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Generic, NewType
 
 from attrs import define
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from .._arguments.checks import positive
 from .._dialects.alone import alone, is_idle, outside_transaction
 from .._session.checkout import pool_status, remedy_for
+from .._session.turns import exclusive
+from .._session.watched import connection_of
 from .._unit.database import S_co
 from ..exceptions import ConfigurationError, PoolTimeoutError, ReplicaLagError, UnitClosedError
 
@@ -23,8 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-    from sqlalchemy.orm import Session
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from .._unit.scope import UnitScope
     from .._unit.unit import UnitOfWork
@@ -58,16 +60,15 @@ _GRACE: Final = 0.5
 """Extra seconds for a server that does not answer, so that one that answers can report its position."""
 
 
-async def written_position(session: AsyncSession) -> WalPosition:
+async def written_position(session: Session) -> WalPosition:
     """Return a primary's current log position; everything committed lies before it."""
-    return await session.run_sync(_position)
+    return await greenlet_spawn(_position, session)
 
 
 def _position(session: Session) -> WalPosition:
-    connection = session.connection()
-    adapted: Any = connection.connection.dbapi_connection
+    adapted: Any = connection_of(session).connection.dbapi_connection
     with alone(adapted) if is_idle(adapted) else nullcontext():
-        return WalPosition(session.execute(text(_POSITION_SQL)).scalar_one())
+        return WalPosition(exclusive(Session.execute)(session, text(_POSITION_SQL)).scalar_one())
 
 
 def require_postgresql(name: str, engine: AsyncEngine) -> None:
@@ -141,15 +142,15 @@ class ReplicaScope(Generic[S_co]):
         return unit
 
     async def _connect(self, unit: UnitOfWork[S_co]) -> None:
-        wait = self.wait
+        wait, session = self.wait, unit.session.sync_session
         limit = asyncio.timeout(wait.timeout + _GRACE)
         try:
             async with limit:
-                await unit.session.connection()
+                await greenlet_spawn(connection_of, session)
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            status = pool_status(unit.session.get_bind().engine.pool)
+            status = pool_status(session.get_bind().engine.pool)
             if not wait.asked and status.available == 0:
                 remedy = remedy_for(unit._outer_holds)
                 raise PoolTimeoutError(wait.database, wait.timeout, status, remedy) from error

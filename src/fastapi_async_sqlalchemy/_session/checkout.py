@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from .._arguments.checks import optional_count, optional_seconds
 from .._pool_status import PoolStatus
 from ..exceptions import PoolTimeoutError, PropagationError
+from .plain import get_transaction, in_transaction
 from .state import task_at_work
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Limits:
 
 def holds_connection_of(session: StatefulSession, pool: Pool, waiting: Collection[object]) -> bool:
     """Whether a session holds a connection of a pool in a transaction that one of the tasks has begun."""
-    transaction = session.get_transaction()
+    transaction = get_transaction(session)
     if transaction is None or session._fastapi_async_sqlalchemy.beginner not in waiting:
         return False
     return any(connection.engine.pool is pool for connection, *_ in transaction._connections.values())
@@ -196,7 +197,7 @@ class NestedRoute:
         """Return the engine."""
         session = self.session()
         if session is not None and isinstance(bind, Engine):
-            state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
+            state, transaction = session._fastapi_async_sqlalchemy, get_transaction(session)
             if state.holder is not None and not (transaction is not None and transaction._connections):
                 self._refuse_deadlock(bind.pool, state)
         return bind if self.before is None else self.before(bind)
@@ -294,7 +295,7 @@ class Checkout:
 
     def after_operation(self, session: Session) -> None:
         """Give the place back once no transaction is open."""
-        if self.placed and self.limits.places is not None and not session.in_transaction():
+        if self.placed and self.limits.places is not None and not in_transaction(session):
             self.placed = False
             self.limits.places.give_back(self)
 

@@ -6,27 +6,28 @@ from typing import TYPE_CHECKING, cast
 
 from sqlalchemy.exc import IllegalStateChangeError, SQLAlchemyError
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from .._dialects.interruption import end_statement
+from .plain import get_transaction, in_transaction, objects_of
 from .state import pending
 from .turns import ENDINGS, exclusive
 
 if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.ext.asyncio import AsyncSession
 
     from .state import StatefulSession
 
 
 @exclusive
 def release(session: Session) -> None:
-    """Release the connection of a transaction that only read; for ``run_sync()``.
+    """Release the connection of a transaction that only read; called inside SQLAlchemy's greenlet.
 
     Unlike ``rollback()`` this expires nothing, and hooks do not count it as an outcome.
     """
     state = cast("StatefulSession", session)._fastapi_async_sqlalchemy
     state.end_exposed()
-    transaction = session.get_transaction()
+    transaction = get_transaction(session)
     hooks, state.hooks = state.hooks, None
     joined, state.joined = state.joined, ()
     try:
@@ -45,7 +46,7 @@ def end(session: StatefulSession) -> None:
     """
     state = session._fastapi_async_sqlalchemy
     state.closed = True
-    if session.in_transaction() or next(iter(session), None) is not None:
+    if in_transaction(session) or next(objects_of(session), None) is not None:
         Session.close(session)
     if state.checkout is not None:
         state.checkout.after_operation(session)
@@ -53,11 +54,11 @@ def end(session: StatefulSession) -> None:
 
 def resume(session: StatefulSession) -> None:
     """Begin the next transaction if other tasks changed objects while the last one was committed."""
-    if not session.in_transaction() and pending(session):
+    if not in_transaction(session) and pending(session):
         Session.begin(session)
 
 
-async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None:
+async def discard_in_use(session: StatefulSession) -> None:
     """End a session while another task is in the middle of an operation on it.
 
     The connection is discarded, so that the task's statement fails and no other request inherits it. If
@@ -67,14 +68,14 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
     """
     state = session._fastapi_async_sqlalchemy
     state.closed = True
-    connection = await opened.run_sync(_connection_at_hand)
+    connection = await greenlet_spawn(_connection_at_hand, session)
     goes_on = connection is not None and await end_statement(connection)
-    ends_itself = connection is not None and not session.in_transaction()  # after its statement
+    ends_itself = connection is not None and not in_transaction(session)  # after its statement
     if goes_on or ends_itself:
         await state.idle()
         return
     try:
-        await opened.run_sync(Session.invalidate)
+        await greenlet_spawn(Session.invalidate, session)
     except IllegalStateChangeError:
         if state.operation in ENDINGS or connection is not None:
             await state.idle()
@@ -82,7 +83,7 @@ async def discard_in_use(opened: AsyncSession, session: StatefulSession) -> None
 
 def _connection_at_hand(session: Session) -> DBAPIConnection | None:
     """Return the connection of a session that is in the middle of a statement, otherwise None."""
-    if not session.in_transaction():
+    if not in_transaction(session):
         return None
     try:
         return Session.connection(session).connection.dbapi_connection

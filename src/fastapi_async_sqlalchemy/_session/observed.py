@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from .._dialects.statements import verb_of, writes
 from .checkout import Checkout, Limits
+from .plain import in_transaction
 from .turns import pool_timeout
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class ObservedCheckout(Checkout):
         if error is not None:
             self.meter.operation_failed(error)
         state = self.state
-        if state.closed and not session.in_transaction():
+        if state.closed and not in_transaction(session):
             if self.meter.held_since is not None:  # SQLAlchemy has not reached the transaction's end
                 self.meter.transaction_ended(committed=state.committed, unknown=False)
             self.meter.unit_closed()

@@ -17,6 +17,16 @@ from sqlalchemy.util import await_only
 from .._arguments.engines import place_of
 from ..exceptions import PartialCommitError, UnexpectedRollbackError
 from .ledger import BLANK
+from .plain import (
+    deleted_of,
+    dirty_of,
+    expire,
+    expunge,
+    get_transaction,
+    in_nested_transaction,
+    in_transaction,
+    new_of,
+)
 from .replaced import has_others
 from .restoring import note_flushed, note_unflushed
 from .state import Shared, task_name
@@ -59,7 +69,7 @@ def decide_rollback(session: StatefulSession, *, lifts_marks: bool = False) -> N
     if state.hooks is not None:
         if lifts_marks:
             state.hooks.marks.clear()
-        if session.in_transaction() and not (state.ledger.unknown or state.ledger.committed_on):
+        if in_transaction(session) and not (state.ledger.unknown or state.ledger.committed_on):
             state.hooks.decide(committed=False)
 
 
@@ -77,7 +87,7 @@ def _after_begin(session: StatefulSession, transaction: SessionTransaction, conn
 
 
 def _before_commit(session: StatefulSession) -> None:
-    if session.in_nested_transaction():
+    if in_nested_transaction(session):
         return  # a savepoint is about to be released
     state = session._fastapi_async_sqlalchemy
     if state.ledger.failure is not None or state.joined or state.hooks is not None:
@@ -108,7 +118,7 @@ def require_commit(session: StatefulSession) -> None:
 
 def check_again(session: StatefulSession) -> None:
     """Check again before COMMIT is sent, in case a flush or listener after ``before_commit`` has failed."""
-    transaction = session.get_transaction()
+    transaction = get_transaction(session)
     if transaction is not None:
         for connection, *_ in set(transaction._connections.values()):
             check = partial(_check_again, ref(session), session._fastapi_async_sqlalchemy.ledger, connection)
@@ -165,7 +175,7 @@ def _answer(connections: Iterable[Connection]) -> bool:
 
 def _after_commit(session: StatefulSession) -> None:
     state = session._fastapi_async_sqlalchemy
-    if session.in_nested_transaction():
+    if in_nested_transaction(session):
         state.released = True
         return
     # SQLAlchemy may not reach the end of the transaction: the task may be cancelled at the pool's reset
@@ -191,7 +201,7 @@ def _is_committed(connection: Connection, end: Transaction) -> bool:
 
 def note_committed(session: StatefulSession) -> None:
     """Record what was committed before COMMIT failed on a later connection of the same session."""
-    ledger, transaction = session._fastapi_async_sqlalchemy.ledger, session.get_transaction()
+    ledger, transaction = session._fastapi_async_sqlalchemy.ledger, get_transaction(session)
     if transaction is not None and len(ledger.written_on) > 1:
         ends = {connection: end for connection, end, *_ in transaction._connections.values()}
         ledger.committed_on = tuple(
@@ -217,14 +227,14 @@ def refuse_half(session: StatefulSession, error: BaseException) -> None:
         )
         failure = PartialCommitError(sides[0], ", ".join(sides[1]))
         logger.error("%s", failure, extra=state.shared.fields(session.hash_key))
-        if (transaction := session.get_transaction()) is not None:
+        if (transaction := get_transaction(session)) is not None:
             transaction.close()  # rolls the others back; SQLAlchemy's rollback() would warn of this one
         raise failure from error
 
 
 def end_interrupted(session: StatefulSession) -> None:
     """End a transaction whose end a user's listener has cut short by an error."""
-    state, transaction = session._fastapi_async_sqlalchemy, session.get_transaction()
+    state, transaction = session._fastapi_async_sqlalchemy, get_transaction(session)
     if transaction is None:
         if state.committed or state.ledger is not BLANK:  # ours was not reached
             _end_root(session, state)
@@ -239,7 +249,7 @@ def end_interrupted(session: StatefulSession) -> None:
 
 def _after_transaction_end(session: StatefulSession, transaction: SessionTransaction) -> None:
     state = session._fastapi_async_sqlalchemy
-    if not session.in_transaction():
+    if not in_transaction(session):
         _end_root(session, state)
     elif transaction.nested:
         released, state.released = state.released, False
@@ -269,9 +279,9 @@ def _end_root(session: StatefulSession, state: SessionState) -> None:
 
 def _discard_changes(session: StatefulSession) -> None:
     """Drop the changes made in a savepoint after a failed flush, which SQLAlchemy keeps."""
-    for one in session.new:
-        session.expunge(one)
-    for one in session.deleted:
+    for one in new_of(session):
+        expunge(session, one)
+    for one in deleted_of(session):
         Session.add(session, one)
-    for one in session.dirty:
-        session.expire(one)
+    for one in dirty_of(session):
+        expire(session, one)

@@ -8,6 +8,8 @@ from attrs import define
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, StatementError
 
+from .plain import get_transaction
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -32,7 +34,7 @@ class Replaced(ExceptionContext):
 
 def replaced(session: StatefulSession, error: BaseException, *, committing: bool) -> Iterator[Replaced]:
     """Yield what a listener has hidden of an error, for each connection of the session that it may be of."""
-    driver, transaction = error.__cause__, session.get_transaction()
+    driver, transaction = error.__cause__, get_transaction(session)
     if driver is None or transaction is None or isinstance(error, StatementError):
         return
     for connection, *_ in set(transaction._connections.values()):

@@ -9,6 +9,8 @@ from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.util import EMPTY_DICT
 
+from .plain import deleted_of, dirty_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping
 
@@ -22,9 +24,9 @@ def note_unflushed(session: StatefulSession, _flush_context: object, _objects: o
 
     A flush itself changes some of their attributes: versions, and what has an ``onupdate``.
     """
-    if session.identity_map.check_modified() or session.deleted:  # the set of dirty objects is slow
+    if session.identity_map.check_modified() or deleted_of(session):  # the set of dirty objects is slow
         originals = session._fastapi_async_sqlalchemy.writing().originals
-        for one in (*session.dirty, *session.deleted):
+        for one in (*dirty_of(session), *deleted_of(session)):
             _note(originals, instance_state(one))
 
 
@@ -34,7 +36,7 @@ def note_flushed(session: StatefulSession, flush_context: Any) -> None:
     if not (session.identity_map.check_modified() or any(deleted for deleted, _ in reached.values())):
         return
     originals = session._fastapi_async_sqlalchemy.writing().originals
-    for one in session.dirty:
+    for one in dirty_of(session):
         state: InstanceState[Any] = instance_state(one)
         _add(originals.setdefault(state, {}), state.committed_state)
     for state, (deleted, _) in reached.items():
@@ -55,10 +57,10 @@ def note_loaded(session: StatefulSession, statement: Any, options: Mapping[str, 
 
 
 def roll_back(session: Session) -> None:
-    """Roll back, and keep the values loaded before the transaction changed them; for ``run_sync()``.
+    """Roll back, and keep the values loaded before the transaction changed them.
 
-    SQLAlchemy's own ``rollback()`` expires everything, and under asyncio an expired attribute cannot be
-    loaded by reading it.
+    Called inside SQLAlchemy's greenlet. SQLAlchemy's own ``rollback()`` expires everything, and under asyncio
+    an expired attribute cannot be loaded by reading it.
     """
     originals = cast("StatefulSession", session)._fastapi_async_sqlalchemy.ledger.originals
     states: list[InstanceState[Any]] = [instance_state(one) for one in session.identity_map.values()]

@@ -19,6 +19,7 @@ from .._dialects.statements import READS, verb_of
 from .._telemetry.logs import fields
 from .ledger import BLANK, Ledger
 from .loops import Loops
+from .plain import deleted_of, dirty_of, in_nested_transaction, is_modified, new_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -296,7 +297,8 @@ def pending(session: Session) -> int:
     """Count the objects that the next flush would write."""
     if session._is_clean():  # the public sets take thirty times as long
         return 0
-    return len(session.new) + sum(map(session.is_modified, session.dirty)) + len(session.deleted)
+    changed = sum(is_modified(session, one) for one in dirty_of(session))
+    return len(new_of(session)) + changed + len(deleted_of(session))
 
 
 def has_written(session: StatefulSession) -> bool:
@@ -307,7 +309,7 @@ def has_written(session: StatefulSession) -> bool:
 def held_by_owner(session: StatefulSession) -> bool:
     """Whether user code holds the transaction: ``begin()``, a savepoint, a block, a stream, a busy task."""
     state = session._fastapi_async_sqlalchemy
-    if state.ledger.begun or session.in_nested_transaction():
+    if state.ledger.begun or in_nested_transaction(session):
         return True
     if state.joined and not all(block.elsewhere() for block in state.joined):
         return True

@@ -19,6 +19,7 @@ from ..exceptions import ConcurrentUseError, PoolTimeoutError, UnexpectedRollbac
 from .cancellation import clear_frames
 from .checkout import pool_status, remedy_for
 from .hooks import in_hook_of
+from .plain import in_transaction
 from .restoring import note_loaded
 from .state import SessionState, StatefulSession, task_at_work, task_name
 from .streams import watch_stream
@@ -105,7 +106,7 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
             if getattr(statement, "is_dml", False) and session.identity_map and not state.closed:
                 note_loaded(session, statement, execution_options)
             options = {"execution_options": execution_options, "bind_arguments": bind_arguments}
-            return guarded(session, statement, params, **options, **internal)
+            return guarded(session, statement, params=params, **options, **internal)
         task = task_at_work()
         outer = _enter(state, session, task, "execute")
         try:
@@ -114,7 +115,7 @@ def executing(method: Callable[..., Any]) -> Callable[..., Any]:
             result = method(
                 session,
                 statement,
-                params,
+                params=params,
                 execution_options=execution_options,
                 bind_arguments=bind_arguments,
             )
@@ -137,14 +138,13 @@ def flushing(method: Callable[..., Any]) -> Callable[..., Any]:
     guarded = exclusive(method)
 
     @functools.wraps(method)
-    def flush(session: StatefulSession, objects: Any = None) -> None:
+    def flush(session: StatefulSession, *args: Any, **kwargs: Any) -> Any:
         state = session._fastapi_async_sqlalchemy
         holder = state.holder
         if holder is None or holder is not task_at_work():
-            guarded(session, objects)
-            return
+            return guarded(session, *args, **kwargs)
         try:
-            method(session, objects)
+            return method(session, *args, **kwargs)
         except BaseException:
             state.committing = False  # commit() flushes before it sends COMMIT
             raise
@@ -253,7 +253,7 @@ def _leave(
 def _leave_to_others(session: StatefulSession, state: SessionState, task: asyncio.Task[Any] | None) -> None:
     """End an operation that another task waits for, or that outlasted its unit."""
     try:
-        if state.closed and session.in_transaction():
+        if state.closed and in_transaction(session):
             Session.close(session)  # the unit has ended meanwhile, and left the rest to this task
             if state.checkout is not None:
                 state.checkout.after_operation(session)

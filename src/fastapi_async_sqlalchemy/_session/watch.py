@@ -16,6 +16,7 @@ from .._dialects.errors import begin_in_time, discard_refused, is_transaction_lo
 from .._dialects.reads import is_alone, is_plain, note_settings, send_alone
 from ..exceptions import WrongDatabaseError
 from .outcome import check_again, note_committed
+from .plain import get_transaction
 from .replaced import has_others, replaced
 from .state import Shared, note_begun, note_statement, task_at_work
 from .streams import watch_connection_stream
@@ -118,7 +119,7 @@ class Watch(Shared):
         session = self.operating.get(task_at_work())
         if session is None or not session._fastapi_async_sqlalchemy.may_read_alone() or session.twophase:
             return None
-        transaction = session.get_transaction()
+        transaction = get_transaction(session)
         if transaction is None or context.root_connection not in transaction._connections:
             return None
         return is_alone(context.dialect, Shared) and send_alone(cursor, statement, values, context)

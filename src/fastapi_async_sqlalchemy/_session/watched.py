@@ -10,18 +10,26 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import ref
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from ..exceptions import _counted
 from . import turns
 from .outcome import decide_rollback, end_interrupted, follow, refuse_half, require_commit
+from .plain import (
+    get_nested_transaction,
+    get_transaction,
+    in_nested_transaction,
+    in_transaction,
+    is_active,
+)
 from .state import LateState, StatefulSession, has_written, pending
 from .turns import exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Engine
 
     from .models import Models
     from .state import SessionState, Shared
@@ -54,7 +62,7 @@ class WatchedSession(StatefulSession):
 
     def commit(self) -> None:
         """Commit; if that is refused, open savepoints stay open."""
-        if self.in_nested_transaction() and self.is_active:
+        if in_nested_transaction(self) and is_active(self):
             require_commit(self)
         try:
             super().commit()
@@ -88,25 +96,28 @@ class WatchedSession(StatefulSession):
             return bind
         return _reached(state, bind)
 
-    def connection(
-        self, bind_arguments: dict[str, Any] | None = None, execution_options: Any = None
-    ) -> Connection:
+    def connection(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection, and record that it may be used without calling this session."""
-        state = self._fastapi_async_sqlalchemy
-        if bind_arguments and (bind := bind_arguments.get("bind")) is not None:
-            bind_arguments = {"bind": _reached(state, bind)}  # get_bind() is not called for it
-        connection = super().connection(bind_arguments, execution_options)
-        state.shared.connections[connection] = ref(self)
-        state.expose(connection)
-        return connection
+        args = (*(_reached_by(self, one) for one in args[:1]), *args[1:])
+        if "bind_arguments" in kwargs:
+            kwargs["bind_arguments"] = _reached_by(self, kwargs["bind_arguments"])
+        return _exposed(self, super().connection(*args, **kwargs))
 
-    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's
+    def begin(self, *args: Any, **kwargs: Any) -> Any:
         """Begin a transaction that the caller ends; SQLAlchemy ends it without calling this session."""
-        transaction = super().begin(nested)
-        transaction.__class__ = OwnedTransaction
-        if not nested:  # a transaction begun around a savepoint has no explicit owner
-            self._fastapi_async_sqlalchemy.writing().begun = True
+        transaction: Any = super().begin(*args, **kwargs)
+        if isinstance(transaction, SessionTransaction):  # a user's method may mean something else
+            transaction.__class__ = OwnedTransaction
+            if not transaction.nested:  # a transaction begun around a savepoint has no explicit owner
+                self._fastapi_async_sqlalchemy.writing().begun = True
         return transaction
+
+
+@partial(exclusive, name="connection")
+def connection_of(session: StatefulSession) -> Connection:
+    """Return a session's connection for the package's own use; called inside SQLAlchemy's greenlet."""
+    connection: Connection = _exposed(session, Session.connection(session))
+    return connection
 
 
 def invalidate(session: StatefulSession) -> None:
@@ -115,7 +126,7 @@ def invalidate(session: StatefulSession) -> None:
         Session.invalidate(session)
         return
     decide_rollback(session)
-    transaction = session.get_nested_transaction() or session.get_transaction()
+    transaction = get_nested_transaction(session) or get_transaction(session)
     while transaction is not None:
         ended, transaction = transaction, transaction.parent
         ended.close(invalidate=True)
@@ -145,6 +156,24 @@ def _reached(state: SessionState, bind: Engine | Connection) -> Engine | Connect
     return bind if state.route is None else state.route(bind)
 
 
+def _reached_by(session: StatefulSession, bind_arguments: Any) -> Any:
+    """Replace the engine in an argument of ``connection()``, for which SQLAlchemy calls no ``get_bind()``."""
+    match bind_arguments:
+        case {"bind": bind} if bind is not None:
+            return {"bind": _reached(session._fastapi_async_sqlalchemy, bind)}
+        case _:
+            return bind_arguments
+
+
+def _exposed(session: StatefulSession, connection: Any) -> Any:
+    """Record that a connection may be used without calling its session."""
+    if isinstance(connection, Connection):  # a user's method may mean something else
+        state = session._fastapi_async_sqlalchemy
+        state.shared.connections[connection] = ref(session)
+        state.expose(connection)
+    return connection
+
+
 class OwnedTransaction(SessionTransaction):
     """A transaction or savepoint that user code ends itself, which takes a turn of its session."""
 
@@ -170,9 +199,9 @@ class OwnedTransaction(SessionTransaction):
 
 @partial(exclusive, name="commit")
 def _commit_owned(session: StatefulSession, transaction: SessionTransaction, end: Callable[[], None]) -> None:
-    if transaction.parent is None and session.in_nested_transaction():
+    if transaction.parent is None and in_nested_transaction(session):
         require_commit(session)  # otherwise savepoints would end before COMMIT is refused
-        while (savepoint := session.get_nested_transaction()) is not None:
+        while (savepoint := get_nested_transaction(session)) is not None:
             savepoint.commit()
     try:
         end()
@@ -236,7 +265,7 @@ def _finalizer(inherited: Callable[[Session], None] | None) -> Callable[[Watched
         if inherited is not None:
             inherited(session)
         state = session._fastapi_async_sqlalchemy
-        if not state.closed and hasattr(session, "hash_key") and session.in_transaction():
+        if not state.closed and hasattr(session, "hash_key") and in_transaction(session):
             warnings.warn(
                 f"A session of {state.shared.name} was garbage-collected with its transaction open: "
                 "leave the unit of work, `async with db():`, before dropping it.",

@@ -9,11 +9,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from attrs import Factory, define, evolve
+from sqlalchemy.util import greenlet_spawn
 
 from .._arguments.checks import boolean, optional_count, optional_seconds
 from .._arguments.keywords import session_arguments
 from .._session.cancellation import to_completion
 from .._session.checkout import limits_of
+from .._session.watched import connection_of
 from .._unit.database import S_co
 from .._unit.place import open_unit
 from .._unit.scope import UnitScope
@@ -269,7 +271,7 @@ class Connection(Generic[S_co]):
     async def __aenter__(self) -> S_co:
         unit = await self.scope.__aenter__()
         try:
-            await unit.session.connection()
+            await greenlet_spawn(connection_of, unit.session.sync_session)
         except BaseException as error:
             await self.scope.__aexit__(type(error), error, error.__traceback__)
             raise

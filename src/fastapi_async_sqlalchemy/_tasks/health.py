@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import text
+from sqlalchemy.util import greenlet_spawn
 
 from .._arguments.checks import positive
 from .._session.checkout import Checkout, limits_of
+from .._session.turns import exclusive
+from .._session.watched import connection_of
 from ..exceptions import _counted
 
 if TYPE_CHECKING:
@@ -22,14 +26,14 @@ async def ping(database: Database[Any], timeout: float) -> None:  # noqa: ASYNC1
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     async with database.new_session() as session:
-        state = cast("StatefulSession", session.sync_session)._fastapi_async_sqlalchemy
+        watched = cast("StatefulSession", session.sync_session)
         if limits is not None:
-            state.limit(Checkout(database.name, limits))
-        await session.connection()
+            watched._fastapi_async_sqlalchemy.limit(Checkout(database.name, limits))
+        await greenlet_spawn(connection_of, watched)
         deadline = asyncio.timeout_at(end)
         try:
             async with deadline:
-                await session.scalar(text("SELECT 1"))
+                await greenlet_spawn(exclusive(Session.scalar), watched, text("SELECT 1"))
         except TimeoutError as error:
             if not deadline.expired():
                 raise  # the driver's own

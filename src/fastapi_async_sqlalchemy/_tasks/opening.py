@@ -13,6 +13,7 @@ from .._cluster.replica import ReplicaScope, replay, require_postgresql, written
 from .._dialects.begin import require_deferrable
 from .._dialects.engines import make_engine
 from .._session.checkout import limits_of
+from .._session.plain import in_transaction
 from .._session.state import has_written
 from .._unit.database import Database, UnitConfig
 from .._unit.observing import observe, stop_observing
@@ -144,13 +145,13 @@ async def commit_position(handle: Handle[Any]) -> WalPosition:
         message = f"commit_position() is for the primary's proxy, and {database.name} only reads."
         raise ConfigurationError(message)
     unit = open_unit(handle._current)
-    if unit is not None and unit._watched is not None and unit._watched.in_transaction():
+    if unit is not None and unit._watched is not None and in_transaction(unit._watched):
         if has_written(unit._watched):
             remedy = "call commit_position() when `await db.unit.commit()` has given its writes a position"
             raise TransactionBegunError(database.name, remedy)
-        return await written_position(unit.session)
+        return await written_position(unit._watched)
     async with open_connection(handle, None, commit_on_exit=False) as session:
-        return await written_position(session)
+        return await written_position(session.sync_session)
 
 
 async def unit_of_request(handle: Handle[S_co], connection: HTTPConnection | None) -> UnitOfWork[S_co]:

@@ -15,6 +15,7 @@ from .._arguments.engines import place_of
 from .._arguments.keywords import require_fitting, session_arguments
 from .._dialects.begin import PLAIN, require_read_only_twophase
 from .._session.loops import running_loop
+from .._session.making import maker_of
 from .._session.models import models_of
 from .._session.watch import Watch
 from ..exceptions import ConfigurationError, EngineAlreadyBoundError, SessionNotInitialisedError
@@ -239,7 +240,7 @@ class Database(Generic[S_co]):
         """Return a session factory; refuse wrong arguments now, without creating a session."""
         keywords: dict[str, Any] = {"expire_on_commit": False, **arguments}
         class_: type[AsyncSession] = keywords.pop("class_", None) or self._declared or default_session_class()
-        base: type[Session] = keywords.pop("sync_session_class", None) or class_.sync_session_class
+        base: type[Session] = keywords.get("sync_session_class") or class_.sync_session_class
         given: dict[Any, AsyncEngine | AsyncConnection] = keywords.get("binds") or {}
         binds = list(given.values())
         _apply_twophase(settings, engine, keywords)
@@ -252,10 +253,14 @@ class Database(Generic[S_co]):
         for bind in binds:
             self._watch.listen(bind.sync_engine)
         resets_on_close = keywords.pop("close_resets_only", True)
-        watched = self._watch.session_class(base, models_of(class_))
-        keywords |= {"close_resets_only": False, "sync_session_class": watched}
-
-        create = cast("Callable[[], S_co]", functools.partial(class_, engine, **keywords))
+        watched = functools.partial(self._watch.session_class, models=models_of(class_))
+        keywords["close_resets_only"] = False
+        make_plain: Callable[..., AsyncSession] = class_
+        if class_.__init__ is AsyncSession.__init__:
+            keywords["sync_session_class"] = watched(base)
+        else:
+            make_plain = maker_of(class_, watched)
+        create = cast("Callable[[], S_co]", functools.partial(make_plain, bind=engine, **keywords))
         if route is None and resets_on_close:
             return create
 

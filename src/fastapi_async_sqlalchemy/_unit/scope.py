@@ -9,6 +9,7 @@ from attrs import Factory, define, field
 from .._dialects.begin import require_deferrable
 from .._session.hooks import JOINED
 from .._session.outcome import BROKEN, OWN_UNIT
+from .._session.plain import get_nested_transaction, get_transaction
 from .._session.state import JoinedBlock, task_at_work
 from ..exceptions import (
     PropagationError,
@@ -158,7 +159,7 @@ class PropagatingScope(OneUse, Generic[S_co]):
             except BaseException:
                 self.joined._leave(self.block)  # nobody leaves a block that was not entered
                 raise
-            self.transaction = self.joined.session.sync_session.get_transaction()
+            self.transaction = get_transaction(self.joined.session.sync_session)
         return self.joined
 
     async def __aexit__(
@@ -186,9 +187,9 @@ class PropagatingScope(OneUse, Generic[S_co]):
     def _ended_by_another(self, joined: UnitOfWork[S_co]) -> bool:
         """Whether another task's savepoint around this one was released meanwhile, and this one with it."""
         session = joined._watched
-        if self.savepoint is None or session is None or session.get_transaction() is not self.transaction:
+        if self.savepoint is None or session is None or get_transaction(session) is not self.transaction:
             return False
-        opened = session.get_nested_transaction()
+        opened = get_nested_transaction(session)
         while opened is not None and opened is not self.savepoint.sync_transaction:
             opened = opened.parent
         return opened is None

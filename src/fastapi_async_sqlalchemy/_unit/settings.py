@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .._arguments.checks import ISOLATION_LEVELS, begin_of, boolean
 from .._dialects.begin import TransactionSettings, engine_for
 from .._dialects.reads import require_read_committed
+from .._session.state import pending
 from ..exceptions import ConfigurationError, ReadOnlyError
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def refuse_flush(name: str, session: Session) -> None:
     """Refuse to flush changed objects in a session of a read-only unit."""
 
     def before_flush(session: Session, _context: UOWTransaction, _objects: object) -> None:
-        changed = [one for one in session.dirty if session.is_modified(one)]
-        if count := len(session.new) + len(session.deleted) + len(changed):
+        if count := pending(session):
             raise ReadOnlyError(name, count)
 
     event.listen(session, "before_flush", before_flush)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import greenlet_spawn
 
 from .._session import restoring
 from .._session.cancellation import clear_frames, to_completion
 from .._session.ending import discard_in_use, end, release
+from .._session.plain import in_transaction
 from .._session.state import has_written, held_by_owner, pending
 from ..exceptions import UnexpectedRollbackError, _counted
 from .unit import CLOSED
@@ -84,7 +86,7 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
         return Outcome.KEPT
     state = session._fastapi_async_sqlalchemy
     if state.holder is not None or state.streams or state.joined or unit._hooks is not None:
-        decision = await _prepare(unit, opened, session, decision, last=last)
+        decision = await _prepare(unit, session, decision, last=last)
     action = _choose(unit, session, decision, last=last)
     if action is HOLD:
         return Outcome.HELD
@@ -96,7 +98,7 @@ async def settle(unit: UnitOfWork[Any], decision: Decision, *, last: bool = Fals
     if action is ROLL_BACK:
         await roll_back(unit)
     elif action is RELEASE:
-        await _release(unit, opened)
+        await _release(unit, session)
     if action is ROLL_BACK or action is LEAVE:  # a set would be allocated
         return Outcome.UNDONE
     if unit._hooks is not None and not last and decision is not Decision.KEEP:
@@ -108,7 +110,7 @@ def _choose(unit: UnitOfWork[Any], session: StatefulSession, decision: Decision,
     """Choose the action that a decision requires in the transaction's current state."""
     if last and (decision is Decision.ROLLBACK or _is_discarded(unit, session, decision)):
         return LEAVE
-    if not session.in_transaction() or (last and decision is Decision.KEEP and _is_busy(session)):
+    if not in_transaction(session) or (last and decision is Decision.KEEP and _is_busy(session)):
         return NOTHING
     if not last and held_by_owner(session):
         return HOLD
@@ -128,9 +130,9 @@ async def finish(unit: UnitOfWork[Any], decision: Decision) -> None:
     try:
         outcome = await settle(unit, decision, last=True)
         while outcome is Outcome.KEPT and unit._hooks is not None:
-            if state.busy() or not session.in_transaction():
+            if state.busy() or not in_transaction(session):
                 await unit._hooks.settled(committed=True)
-            if state.busy() or not session.in_transaction():
+            if state.busy() or not in_transaction(session):
                 break
             outcome = await settle(unit, decision, last=True)  # a hook has begun it
     except BaseException:
@@ -145,7 +147,7 @@ def finish_idle(unit: UnitOfWork[Any]) -> bool:
     session = unit._watched
     if session is not None:
         holder = session._fastapi_async_sqlalchemy.holder
-        if holder is not None or unit._hooks is not None or session.in_transaction():
+        if holder is not None or unit._hooks is not None or in_transaction(session):
             return False
         end(session)
         unit.opened = unit._watched = None
@@ -164,9 +166,9 @@ async def abandon(unit: UnitOfWork[Any]) -> None:
 
 async def roll_back(unit: UnitOfWork[Any]) -> None:
     """Roll back while the unit goes on; if that fails, discard the connection, to the same effect."""
-    if unit.opened is not None:
+    if unit._watched is not None:
         try:
-            await unit.opened.run_sync(restoring.roll_back)
+            await greenlet_spawn(restoring.roll_back, unit._watched)
         except Exception:  # any error: the transaction is not committed
             extra = unit._fields("rolled back")
             logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
@@ -175,17 +177,12 @@ async def roll_back(unit: UnitOfWork[Any]) -> None:
 
 
 async def _prepare(
-    unit: UnitOfWork[Any],
-    opened: AsyncSession,
-    session: StatefulSession,
-    decision: Decision,
-    *,
-    last: bool,
+    unit: UnitOfWork[Any], session: StatefulSession, decision: Decision, *, last: bool
 ) -> Decision:
     """Wait for operations that a COMMIT, or the unit's end, must not cut short; return the decision then."""
     state, hooks = session._fastapi_async_sqlalchemy, unit._hooks
     if last and state.streams and not state.busy():
-        await opened.run_sync(_close_streams)
+        await greenlet_spawn(state.close_streams)
     for block in state.joined:
         block.own = block.own or _serves(block.task, unit)
     if decision is not Decision.COMMIT:
@@ -222,7 +219,7 @@ def _patience(unit: UnitOfWork[Any]) -> float | None:
 
 async def before_commit(hooks: Hooks, session: StatefulSession) -> Decision:
     """Run ``before_commit`` hooks if no transaction is open, as they may begin one; return the decision."""
-    if not hooks.rollback_only and not session.in_transaction():
+    if not hooks.rollback_only and not in_transaction(session):
         hooks.refuse_commit()
         await hooks.before_commit()
         if not hooks.rollback_only:
@@ -242,9 +239,9 @@ async def _commit_with_hooks(unit: UnitOfWork[Any], hooks: Hooks, opened: AsyncS
     return Outcome.KEPT
 
 
-async def _release(unit: UnitOfWork[Any], opened: AsyncSession) -> None:
+async def _release(unit: UnitOfWork[Any], session: StatefulSession) -> None:
     try:
-        await opened.run_sync(release)
+        await greenlet_spawn(release, session)
     except Exception:  # any error: nothing was written
         extra = unit._fields("only read")
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
@@ -252,30 +249,30 @@ async def _release(unit: UnitOfWork[Any], opened: AsyncSession) -> None:
 
 async def _close(unit: UnitOfWork[Any], *, committed: bool) -> None:
     """Close the unit and its session, roll back any open transaction, and run the remaining hooks."""
-    opened, session = unit.opened, unit._watched
+    session = unit._watched
     unit.opened, unit._watched, unit._phase = None, None, CLOSED
-    if opened is None or session is None:
+    if session is None:
         return
     if session._fastapi_async_sqlalchemy.busy():
-        await discard_in_use(opened, session)
+        await discard_in_use(session)
     else:
-        await _end_session(unit, opened, session)
+        await _end_session(unit, session)
     if unit._hooks is not None:
         await unit._hooks.settled(committed=committed)
 
 
-async def _end_session(unit: UnitOfWork[Any], opened: AsyncSession, session: StatefulSession) -> None:
+async def _end_session(unit: UnitOfWork[Any], session: StatefulSession) -> None:
     state = session._fastapi_async_sqlalchemy
     try:
-        if session.in_transaction():
-            await opened.run_sync(restoring.roll_back)
+        if in_transaction(session):
+            await greenlet_spawn(restoring.roll_back, session)
     except Exception:  # any error: the transaction is not committed
         extra = unit._database.shared.fields(session.hash_key, "rolled back")
         logger.warning(_ROLLBACK_FAILED, unit._database.name, exc_info=True, extra=extra)
     finally:
         state.closed = True
-        if session.in_transaction():  # a listener has interrupted its end
-            await opened.run_sync(Session.invalidate)
+        if in_transaction(session):  # a listener has interrupted its end
+            await greenlet_spawn(Session.invalidate, session)
         end(session)
 
 
@@ -305,7 +302,3 @@ def _warn_of_discarded(unit: UnitOfWork[Any], session: StatefulSession) -> bool:
         extra=unit._fields("rolled back", statements),
     )
     return True
-
-
-def _close_streams(session: Session) -> None:
-    cast("StatefulSession", session)._fastapi_async_sqlalchemy.close_streams()

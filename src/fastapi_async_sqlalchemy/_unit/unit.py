@@ -14,6 +14,12 @@ from sqlalchemy.orm import SessionTransaction
 
 from .._session.checkout import Checkout, NestedRoute
 from .._session.hooks import ROLLBACK_ONLY, Hooks, RegisteredHook, RollbackMark
+from .._session.plain import (
+    get_nested_transaction,
+    get_transaction,
+    in_nested_transaction,
+    in_transaction,
+)
 from .._telemetry.observer import UnitStats
 from ..exceptions import ConfigurationError, TransactionBegunError, UnitClosedError, _safe_repr
 from .database import S_co
@@ -111,11 +117,11 @@ class UnitOfWork(Place[S_co]):
         Loaded objects stay readable; the next statement begins the next transaction.
         """
         session, hooks = self.session, self._hooks
-        if hooks is not None and not session.in_transaction():
+        if hooks is not None and not in_transaction(session.sync_session):
             hooks.refuse_commit()
             await hooks.before_commit()
             hooks.refuse_commit()
-        if session.in_transaction():
+        if in_transaction(session.sync_session):
             await session.commit()
         elif hooks is not None:
             await hooks.settled(committed=True)
@@ -126,7 +132,7 @@ class UnitOfWork(Place[S_co]):
         This also lifts any rollback-only mark.
         """
         session = self.session
-        if session.in_transaction():
+        if in_transaction(session.sync_session):
             await session.rollback()
         elif self._hooks is not None:
             await self._hooks.settled(committed=False)
@@ -281,11 +287,11 @@ class UnitOfWork(Place[S_co]):
 
     def _savepoint(self) -> SessionTransaction | None:
         """Return the current savepoint; a registration made now is undone with it."""
-        return None if self._watched is None else self._watched.get_nested_transaction()
+        return None if self._watched is None else get_nested_transaction(self._watched)
 
     def _outer_holds(self) -> bool:
         """Whether an enclosing unit holds a connection."""
-        return any(session.in_transaction() for session in self._enclosing())
+        return any(in_transaction(session) for session in self._enclosing())
 
     def _enclosing(self) -> list[StatefulSession]:
         """Return the sessions of the enclosing units."""
@@ -295,10 +301,10 @@ class UnitOfWork(Place[S_co]):
     def __repr__(self) -> str:
         if self.closed:
             state = "closed"
-        elif self.opened is None:
+        elif self._watched is None:
             state = "no session yet"
         else:
-            state = "in a transaction" if self.opened.in_transaction() else "no transaction"
+            state = "in a transaction" if in_transaction(self._watched) else "no transaction"
         return f"<UnitOfWork of {self._database.name}: {state}>"
 
 
@@ -312,7 +318,7 @@ class Savepoint(AsyncSessionTransaction):
         self, type_: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         own = self.sync_transaction
-        current = own is not None and own is self.session.sync_session.get_nested_transaction()
+        current = own is not None and own is get_nested_transaction(self.session.sync_session)
         if type_ is None and own is not None and current and not own.is_active:
             try:
                 SessionTransaction.commit(own)  # raises the error of the flush, and sends nothing
@@ -330,14 +336,14 @@ def _require_function(hook: object) -> None:
 
 def has_connection(unit: UnitOfWork[Any]) -> bool:
     """Whether a unit holds a connection now."""
-    transaction = None if unit._watched is None else unit._watched.get_transaction()
+    transaction = None if unit._watched is None else get_transaction(unit._watched)
     return transaction is not None and bool(transaction._connections)
 
 
 def _begun(session: Session) -> bool:
     """Whether the transaction has begun on a connection, or has a savepoint that may be undone."""
-    transaction = session.get_transaction()
+    transaction = get_transaction(session)
     if transaction is None:
         return False
     begun = transaction._connections  # `connections` is new in 2.1.7
-    return bool(begun) or session.in_nested_transaction()
+    return bool(begun) or in_nested_transaction(session)

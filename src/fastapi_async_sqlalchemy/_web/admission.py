@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from .._arguments.checks import optional_count, optional_seconds
+from .._session.plain import in_transaction
 from .._unit.place import bound_here
 from .._unit.unit import UnitOfWork
 from ..exceptions import ConfigurationError
@@ -210,7 +211,7 @@ def _holds_connection() -> bool:
 
 
 def _in_transaction(unit: UnitOfWork[Any]) -> bool:
-    return unit._watched is not None and unit._watched.in_transaction()
+    return unit._watched is not None and in_transaction(unit._watched)
 
 
 def admission(limit: object, timeout: object) -> Admission | None:

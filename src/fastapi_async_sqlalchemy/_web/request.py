@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from attrs import define, field
 
 from .._session.ending import resume
+from .._session.plain import in_transaction
 from .._unit.place import bound_here
 from .._unit.settling import Decision, Outcome, finish, roll_back, settle
 from .._unit.unit import UnitOfWork
@@ -105,7 +106,7 @@ class RequestUnit(UnitOfWork[Any]):
 
     def _unsettled(self, session: StatefulSession) -> bool:
         """Whether something is left to settle when the response starts."""
-        if self._hooks is not None or self._joined or session.in_transaction():
+        if self._hooks is not None or self._joined or in_transaction(session):
             return True
         if session._fastapi_async_sqlalchemy.committed_writes:
             self._note_commit(session)
