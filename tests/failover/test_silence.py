@@ -7,7 +7,7 @@ from tests.failover.load import LOADED, application, lose_leader
 from tests.support.patroni import Cluster, multi_host
 from tests.support.wire import wire_to
 
-BOUND = 2 * float(f"{ENGINE_ARGS['connect_args']['command_timeout']}") + LOADED
+BOUND = 2 * float(f"{ENGINE_ARGS.get('connect_args', {})['command_timeout']}") + LOADED
 """A statement in progress waits for its timeout, and so does its ROLLBACK."""
 
 
