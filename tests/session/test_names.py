@@ -251,8 +251,9 @@ async def called_by_sqlalchemy(url: str) -> set[str]:
     return called
 
 
-async def ask_for_all(site: Site, class_: type[AsyncSession]) -> list[object]:
+async def ask_for_all(make_site: MakeSite, url: str, class_: type[AsyncSession]) -> list[object]:
     """Answer requests with sessions of a class, and open blocks; return what ran and what is committed."""
+    site = await make_site(url, commit_on_exit=True, session_args={"class_": class_})
     log, db = Log(), site.db
 
     @site.app.get("/{status}")
@@ -263,8 +264,6 @@ async def ask_for_all(site: Site, class_: type[AsyncSession]) -> list[object]:
         return Response(status_code=status)
 
     async with site.client() as client:
-        db.unbind()
-        db.bind(site.engine, session_args={"class_": class_})
         for status in (400, 200):
             assert (await client.get(f"/{status}")).status_code == status
         await db.create_all(Base.metadata)
@@ -290,8 +289,7 @@ SEEN = ["rolled back", "before", "committed", "begin", "a", "b"]
 async def test_package_calls_what_sqlalchemy_calls(make_site: MakeSite, sqlite_url: str) -> None:
     """The package calls no method of a user's session class that SQLAlchemy does not call itself."""
     plain, called = await called_by_sqlalchemy(sqlite_url), set[str]()
-    site = await make_site(sqlite_url, commit_on_exit=True)
-    assert await ask_for_all(site, own_classes(noting(called))) == SEEN
+    assert await ask_for_all(make_site, sqlite_url, own_classes(noting(called))) == SEEN
     assert called - plain == set()
 
 
@@ -302,7 +300,7 @@ async def test_names_may_mean_something_else(make_site: MakeSite, sqlite_url: st
     names = {*public_members(Session), *public_members(AsyncSession)} - plain
     assert {"in_transaction", "get_transaction", "__iter__", "dirty", "is_modified", "run_sync"} <= names
     await write_plainly(class_, sqlite_url)
-    assert await ask_for_all(await make_site(sqlite_url, commit_on_exit=True), class_) == SEEN
+    assert await ask_for_all(make_site, sqlite_url, class_) == SEEN
 
 
 def flush(session: Session) -> None:

@@ -201,9 +201,8 @@ async def test_coroutine(sandbox):
 def test_sandbox_without_an_event_loop(tmp_path: Path) -> None:
     """A test that runs in no event loop learns what to install, and what a plain function uses."""
     printed = run(tmp_path, "sqlite+aiosqlite://", WITHOUT_LOOP, "-p", "no:asyncio")
-    assert (
-        printed.count("install pytest-asyncio 0.24 or later, or mark the test with `@pytest.mark.anyio`") == 2
-    )
+    remedy = "install pytest-asyncio 0.24 or later, or mark the test with `@pytest.mark.anyio`"
+    assert printed.count(remedy) >= 2, printed  # pytest repeats it in its summary where CI is set
     assert "A `def` test uses `sandbox_client` and its `client_sandbox`" in printed
     assert "2 errors" in printed, printed
 
