@@ -208,15 +208,17 @@ async def test_handler_that_comes_after_the_body(make_site: MakeSite, deferring_
             await Upload().call(site.app)
 
 
+async def echo(request: Request, _: Exception) -> Response:
+    """Answer with the request's body."""
+    return PlainTextResponse(await request.body(), 409)
+
+
 async def test_body_of_which_a_part_comes_during_the_settlement(
     make_site: MakeSite, deferring_url: str
 ) -> None:
     """The handler of a failed COMMIT gets a body that was read during the settlement."""
     site = await make_site(deferring_url, commit_on_exit=True)
-
-    @site.app.exception_handler(IntegrityError)
-    async def answer(request: Request, error: Exception) -> Response:
-        return PlainTextResponse(await request.body(), 409)
+    site.app.add_exception_handler(IntegrityError, echo)
 
     @site.app.post("/")
     async def write(request: Request) -> None:
@@ -234,10 +236,7 @@ async def test_body_that_a_middleware_reads_during_the_settlement(
 ) -> None:
     """So it does where a BaseHTTPMiddleware listens for the client while a stream's COMMIT fails."""
     site = await make_site(deferring_url, commit_on_exit=True)
-
-    @site.app.exception_handler(IntegrityError)
-    async def answer(request: Request, error: Exception) -> Response:
-        return PlainTextResponse(await request.body(), 409)
+    site.app.add_exception_handler(IntegrityError, echo)
 
     @site.app.post("/")
     async def write() -> StreamingResponse:
