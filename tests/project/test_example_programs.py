@@ -29,7 +29,7 @@ ROWS = re.findall(
     re.MULTILINE,
 )
 """Name, file and command of each example."""
-MAKE = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "NAME"}}
+MAKE = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "NAME", "ARGS"}}
 """An environment in which make knows nothing of a make around it."""
 NAMES = ("alice", "bob", "carol")
 
