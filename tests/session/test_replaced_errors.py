@@ -1,7 +1,7 @@
 """Listeners of an engine that stand before the package's own: they replace errors, or execute statements."""
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -52,6 +52,15 @@ async def by_flush(session: AsyncSession) -> object:
     return None
 
 
+@contextmanager
+def replacing(worker: Site, target: Any = None) -> Generator[None]:
+    """Bind the worker's engine after a listener that replaces every error, on it or another target."""
+    worker.db.unbind()
+    with listening(target or worker.engine.sync_engine, "handle_error", replace):
+        worker.db.bind(worker.engine)
+        yield
+
+
 def classes(worker: Site) -> dict[str, Any]:
     """Return where a listener stands before the package's own."""
     return {"engine": worker.engine.sync_engine, "class": Engine}
@@ -65,9 +74,7 @@ async def test_swallowed_error(
     """A statement's error that was replaced and swallowed: COMMIT stores all of the rest, or is refused."""
     log = Log()
     async with open_worker(driver_url, judge_for) as worker:
-        worker.db.unbind()
-        with listening(classes(worker)[place], "handle_error", replace):
-            worker.db.bind(worker.engine)
+        with replacing(worker, classes(worker)[place]):
             try:
                 async with worker.db.begin() as unit:
                     log.both(unit)
@@ -85,9 +92,7 @@ async def test_swallowed_error(
 async def test_undone_by_a_savepoint(driver_url: str, judge_for: JudgeFor) -> None:
     """An error that a savepoint has undone forbids nothing, although it was replaced."""
     async with open_worker(driver_url, judge_for) as worker:
-        worker.db.unbind()
-        with listening(worker.engine.sync_engine, "handle_error", replace):
-            worker.db.bind(worker.engine)
+        with replacing(worker):
             async with worker.db.begin() as unit:
                 await unit.session.execute(insert(Note).values(text="before"))
                 with suppress(OwnError):
@@ -114,12 +119,10 @@ async def test_deadlock(mysql_url: str, judge_for: JudgeFor) -> None:
         unit.session.add(Note(text="later"))
 
     async with open_worker(mysql_url, judge_for) as worker:
-        worker.db.unbind()
-        with listening(worker.engine.sync_engine, "handle_error", replace):
-            worker.db.bind(worker.engine)
-            with pytest.raises(UnexpectedRollbackError, match="rolled it back after a conflict"):
-                async with worker.db.begin() as unit:
-                    await work(unit)
+        refused = pytest.raises(UnexpectedRollbackError, match="rolled it back after a conflict")
+        with replacing(worker), refused:
+            async with worker.db.begin() as unit:
+                await work(unit)
         assert await worker.notes() == []
 
 
@@ -136,12 +139,9 @@ async def test_unknown_outcome(
 
     async with open_worker(postgresql_url, judge_for) as worker:
         await die_in_commit(worker.judge)
-        worker.db.unbind()
-        with listening(worker.engine.sync_engine, "handle_error", replace):
-            worker.db.bind(worker.engine)
-            with pytest.raises(OwnError):
-                async with worker.db.begin() as unit:
-                    await work(unit)
+        with replacing(worker), pytest.raises(OwnError):
+            async with worker.db.begin() as unit:
+                await work(unit)
         assert log == []
         assert ["outcome is unknown" in one for one in complaints(caplog)] == [True]
 
@@ -159,12 +159,9 @@ async def test_refused_commit(deferring_url: str, judge_for: JudgeFor, act: Act)
             await act(unit)
 
     async with open_worker(deferring_url, judge_for) as worker:
-        worker.db.unbind()
-        with listening(worker.engine.sync_engine, "handle_error", replace):
-            worker.db.bind(worker.engine)
-            with pytest.raises(OwnError):
-                async with worker.db.begin() as unit:
-                    await work(unit)
+        with replacing(worker), pytest.raises(OwnError):
+            async with worker.db.begin() as unit:
+                await work(unit)
         assert log == ["rolled back"]
         assert await worker.notes() == []
 
